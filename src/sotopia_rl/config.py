@@ -1,0 +1,88 @@
+"""Config classes: one frozen pydantic class per stage, read from YAML, flags or both.
+
+The same class is the YAML schema, the command's flags and the record saved with a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sotopia_rl.episode import canonical_json, sha256_text
+from sotopia_rl.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every stage config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    def key(self) -> str:
+        """Hash of the resolved config; equal keys mean equal settings."""
+        return sha256_text(canonical_json(self.model_dump(mode="json")))
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def parse_config(cls: type[C], data: object, *, where: str) -> C:
+    """`data` as a `cls`; every mistake in it named in one line, with the near name of an unknown key.
+
+    Raises:
+        ConfigError: A key is unknown, or a value is of the wrong type or out of range.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(_problem(cls, e) for e in error.errors())}") from error
+
+
+def load_config(cls: type[C], path: Path) -> C:
+    """Read a `cls` from a YAML file.
+
+    Raises:
+        ConfigError: As `read_yaml` and `parse_config`.
+    """
+    return parse_config(cls, read_yaml(path), where=str(path))
+
+
+def _problem(cls: type[BaseModel], error: Any) -> str:
+    location = ".".join(str(part) for part in error["loc"]) or "top level"
+    if error["type"] != "extra_forbidden":
+        return f"{location}: {error['msg']} (found {error['input']!r:.80})"
+    near = difflib.get_close_matches(str(error["loc"][-1]), _field_names(cls, error["loc"][:-1]), n=1)
+    return f"{location}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _field_names(cls: type[BaseModel], path: tuple[object, ...]) -> list[str]:
+    """Names valid at `path` inside `cls`; empty where the path leaves the plain models."""
+    current: Any = cls
+    for part in path:
+        field = getattr(current, "model_fields", {}).get(str(part))
+        if field is None:
+            return []
+        current = field.annotation
+    return list(getattr(current, "model_fields", {}))

@@ -1,0 +1,104 @@
+"""The errors of the package, one class per border it can fail at.
+
+SotopiaRLError
+├── ConfigError            a config file, a flag or a model string is wrong
+├── DataError              a file or a record cannot be used (names the file and line)
+├── StoreError             the episode store cannot be opened, read or written
+├── ModelCallError         a model gave no reply: timeout, refusal, connection, HTTP status
+│   ├── ReplyError         it replied, but the reply is unusable after every attempt
+│   └── BudgetError        the run's spend cap is reached; no further call is made
+├── TrainingError          a training stage cannot start or must stop
+│   └── GateError          the reward model is below the gate that GRPO asks for
+├── EvaluationError        two systems cannot be compared as asked
+└── MissingExtraError      an optional dependency is not installed
+
+The command line prints any of these as one line and exits with 1 (2 for `ConfigError`).
+Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FailureKind = Literal[
+    "timeout",
+    "connection",
+    "rate_limited",
+    "http_4xx",
+    "http_5xx",
+    "bad_reply",
+    "budget",
+    "model",
+    "cancelled",
+]
+"""Why a call to a model failed, for counting. `model`: an in-process model raised."""
+
+
+class SotopiaRLError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SotopiaRLError):
+    """A config file, a command-line flag or a model string is wrong."""
+
+
+class DataError(SotopiaRLError):
+    """A file or record cannot be used; the message names the file and the line."""
+
+
+class StoreError(SotopiaRLError):
+    """The episode store cannot be opened, read or written."""
+
+
+class ModelCallError(SotopiaRLError):
+    """A model gave no reply.
+
+    Attributes:
+        model: The model string.
+        kind: The cause, for counting.
+    """
+
+    def __init__(self, message: str, *, model: str, kind: FailureKind) -> None:
+        super().__init__(message)
+        self.model = model
+        self.kind: FailureKind = kind
+
+
+class ReplyError(ModelCallError):
+    """A model replied, but no attempt gave a usable reply.
+
+    Attributes:
+        replies: What it said at each attempt, first to last.
+    """
+
+    def __init__(self, message: str, *, model: str, replies: tuple[str, ...] = ()) -> None:
+        super().__init__(message, model=model, kind="bad_reply")
+        self.replies = replies
+
+
+class BudgetError(ModelCallError):
+    """The run's spend cap is reached; no further call is made."""
+
+    def __init__(self, message: str, *, model: str) -> None:
+        super().__init__(message, model=model, kind="budget")
+
+
+class TrainingError(SotopiaRLError):
+    """A training stage cannot start or must stop."""
+
+
+class GateError(TrainingError):
+    """The reward model is below the gate that GRPO asks for."""
+
+
+class EvaluationError(SotopiaRLError):
+    """Two systems cannot be compared as asked."""
+
+
+class MissingExtraError(SotopiaRLError):
+    """An optional dependency is not installed; the message holds the command that installs it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'sotopia-rl[{extra}]'")
+        self.package = package
+        self.extra = extra

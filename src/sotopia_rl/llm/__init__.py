@@ -1,0 +1,1 @@
+"""Chat models that talk: HTTP endpoints, in-process transformers, and structured replies."""

@@ -1,0 +1,94 @@
+"""From a model's reply to a validated object: one tolerant extractor, strict validation, bounded re-asking.
+
+Tolerant about wrapping (fences, lead-in text, `<think>` blocks, small syntax slips), strict about
+content: an incomplete or ambiguous reply is refused and asked for again with what was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sotopia_rl.episode import Provenance, Sampling, Usage, sha256_text
+from sotopia_rl.errors import ReplyError
+from sotopia_rl.models import ChatModel, JsonSchema, Message
+
+T = TypeVar("T")
+
+
+class UnusableReply(ValueError):
+    """A parser's word for what is wrong with a reply, told to the model when it is asked again."""
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """A parsed reply and what it took.
+
+    `text` is the reply that was accepted, `prompt` the first prompt, `usage` the sum over all attempts.
+    """
+
+    value: T
+    text: str
+    prompt: str
+    attempts: int
+    usage: Usage
+
+    def provenance(self, model: ChatModel, sampling: Sampling, prompt_profile: str) -> Provenance:
+        """The record kept with whatever is made of this answer."""
+        from sotopia_rl import __version__
+
+        return Provenance(
+            model=model.name,
+            sampling=sampling,
+            prompt_profile=prompt_profile,
+            prompt_sha256=sha256_text(self.prompt),
+            attempts=self.attempts,
+            usage=self.usage,
+            package_version=__version__,
+        )
+
+
+async def ask(
+    model: ChatModel,
+    prompt: str,
+    parse: Callable[[str], T],
+    *,
+    sampling: Sampling,
+    seed: int | None = None,
+    schema: JsonSchema | None = None,
+    max_attempts: int = 3,
+) -> Answer[T]:
+    """Ask `prompt` as one user message until `parse` accepts the reply.
+
+    Args:
+        parse: Raises `UnusableReply` (or any ValueError) with what is wrong.
+        seed: Of the first attempt; each further attempt adds one.
+
+    Raises:
+        ReplyError: No attempt gave a usable reply.
+        ModelCallError: The model gave no reply at all.
+    """
+    messages: Sequence[Message] = [Message(role="user", content=prompt)]
+    usage, replies, problem = Usage(), [], ""
+    for attempt in range(max_attempts):
+        attempt_seed = None if seed is None else seed + attempt
+        reply = await model.complete(messages, sampling, seed=attempt_seed, schema=schema)
+        usage += reply.usage
+        replies.append(reply.text)
+        try:
+            value = parse(reply.text)
+        except ValueError as error:
+            problem = str(error)
+            messages = [
+                messages[0],
+                Message(role="assistant", content=reply.text),
+                Message(role="user", content=f"That reply cannot be used: {problem}\nPlease reply again."),
+            ]
+            continue
+        return Answer(value=value, text=reply.text, prompt=prompt, attempts=attempt + 1, usage=usage)
+    raise ReplyError(
+        f"{model.name}: no usable reply in {max_attempts} attempts; the last: {problem}",
+        model=model.name,
+        replies=tuple(replies),
+    )

@@ -1,0 +1,59 @@
+"""What a chat model is to this package, and how a string names one.
+
+    openai/gpt-4o                     OpenAI, key from OPENAI_API_KEY
+    custom/NAME@http://host:port/v1   any OpenAI-compatible server
+    local/PATH[:ADAPTER]              transformers, in this process
+    scripted/NAME                     a deterministic model that ships with the package
+
+Everything that talks does so through `ChatModel.complete`; nothing else is known of a model.
+The clients live in `llm/`, the scripted models in `sandbox/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, Self
+
+from sotopia_rl.episode import Record, Sampling, Usage
+
+JsonSchema = dict[str, Any]
+
+
+class Message(Record):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Reply(Record):
+    """What a model said, and what the call took."""
+
+    text: str
+    usage: Usage = Usage()
+    finish_reason: str = "stop"
+    """`stop`, or `length` where the reply was cut at `max_tokens`."""
+
+
+class ChatModel(Protocol):
+    """A model that answers a chat.
+
+    `name` is the model string. `complete` raises `ModelCallError` where no reply came. `seed` makes a
+    sampled reply repeatable where the model allows it. `schema` asks for JSON of that shape where the
+    model can be constrained; a model that cannot ignores it, and the caller validates in any case.
+    """
+
+    name: str
+
+    async def complete(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        seed: int | None = None,
+        schema: JsonSchema | None = None,
+    ) -> Reply: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...

@@ -1,0 +1,65 @@
+"""Many slow calls at once: bounded, lazily fed, each failure contained.
+
+The one place where a failure of ours becomes a record instead of an exception. Bugs (anything that is
+not a `SotopiaRLError`) still stop the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from sotopia_rl.episode import Failure
+from sotopia_rl.errors import BudgetError, ModelCallError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def failure_of(error: ModelCallError, *, turn: int | None = None) -> Failure:
+    """The record of a failed model call."""
+    return Failure(kind=error.kind, message=str(error), turn=turn)
+
+
+async def bounded(
+    items: Iterable[Item],
+    work: Callable[[Item], Awaitable[Result]],
+    *,
+    limit: int,
+) -> AsyncIterator[tuple[Item, Result | Failure]]:
+    """Run `work` on every item, at most `limit` at once; yield each as it finishes.
+
+    Items are taken from the iterable only as room appears, so it may be long and lazy. A `ModelCallError`
+    is yielded as a `Failure` of its item; a `BudgetError` too, after which no further item is started.
+
+    Raises:
+        Exception: Anything else that `work` raises; what is in flight is cancelled first.
+    """
+    source = iter(items)
+    running: dict[asyncio.Task[Result], Item] = {}
+    open_for_more = True
+    try:
+        while True:
+            while open_for_more and len(running) < limit:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    open_for_more = False
+                    break
+                running[asyncio.ensure_future(work(item))] = item
+            if not running:
+                return
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                item = running.pop(task)
+                try:
+                    result: Result | Failure = task.result()
+                except ModelCallError as error:
+                    open_for_more = open_for_more and not isinstance(error, BudgetError)
+                    result = failure_of(error)
+                yield item, result
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
