@@ -1,0 +1,230 @@
+"""The experiment file: every stage's settings in one YAML, and the runner that redoes only what changed.
+
+A stage is keyed by its settings, by the keys of its inputs and by the package version. Its results live in
+`<run folder>/stages/<name>-<key>/` and count as finished once `done.json` stands there. So a second run
+does nothing, a changed setting redoes only what depends on it, and a killed stage goes on where it stopped.
+What the stages do is in `stages.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sotopia_rl import __version__
+from sotopia_rl.attribute import AttributionConfig
+from sotopia_rl.config import Config, parse_config, read_yaml
+from sotopia_rl.dataset import DatasetConfig
+from sotopia_rl.episode import Sampling, canonical_json, sha256_text
+from sotopia_rl.judge import JudgeConfig
+from sotopia_rl.reward import RewardConfig
+from sotopia_rl.simulate import SimulateConfig
+from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings, TinyModelSettings
+
+
+class WorldConfig(Config):
+    """Which matches the experiment trains on and which it holds out."""
+
+    source: Literal["sandbox", "profiles"] = Field(default="sandbox")
+    """`sandbox`: the offline world. `profiles`: published SOTOPIA profiles."""
+    families: tuple[str, ...] = Field(default=())
+    """Scenario families of the offline world; empty means all."""
+    profiles: Path | None = Field(default=None)
+    """Folder with the published SOTOPIA profiles."""
+    train_matches: int = Field(default=400, gt=0)
+    """Matches played for training data."""
+    held_out_matches: int = Field(default=40, gt=0)
+    """Matches that every system plays in the evaluation, both seats counted."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _folder_for_profiles(self) -> Self:
+        if self.source == "profiles" and self.profiles is None:
+            raise ValueError("source: profiles needs a folder; give it as `profiles:` or with --profiles")
+        return self
+
+
+class CastConfig(Config):
+    """Who plays the training episodes: both seats are drawn from the speakers by weight."""
+
+    speakers: dict[str, float] = Field(default={"scripted/fair": 1.0}, min_length=1)
+    """Model string to weight."""
+    temperature: float = Field(default=0.7, ge=0)
+    max_tokens: int = Field(default=256, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
+
+
+class BaseConfig(Config):
+    """The base language model: trained on the spot, or an existing folder."""
+
+    path: str | None = Field(default=None)
+    """Model folder, or `smollm2`; None trains the tiny model of `tiny`."""
+    tiny: TinyModelSettings = Field(default=TinyModelSettings())
+
+
+class PanelConfig(Config):
+    """How systems are evaluated: against whom, and how they sample."""
+
+    partners: tuple[str, ...] = Field(default=("scripted/fair",), min_length=1)
+    """Model strings of the fixed partners; each system meets each of them in every held-out match."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Of the systems in the sampled setting."""
+    greedy: bool = Field(default=True)
+    """Play every system greedily as well."""
+    max_tokens: int = Field(default=96, gt=0)
+    shown_episodes: int = Field(default=6, ge=0)
+    """Episodes printed in full in the report."""
+
+
+class Limits(Config):
+    """What calls to models may take, for the whole run. Not part of any stage's key."""
+
+    max_cost_usd: float | None = Field(default=None, gt=0)
+    """Stop when calls have cost this much."""
+    concurrency: int = Field(default=64, gt=0)
+    """Matches, judgements or attributions under way at once."""
+
+
+class Experiment(Config):
+    """One experiment, from matches to report."""
+
+    name: str = Field(default="experiment", pattern=r"^[\w.-]+$")
+    seed: int = Field(default=0, ge=0)
+    """Seed of every stage that does not set its own."""
+    notes: tuple[str, ...] = Field(default=())
+    """Said on top of the report and after the run."""
+    world: WorldConfig = Field(default=WorldConfig())
+    cast: CastConfig = Field(default=CastConfig())
+    simulate: SimulateConfig = Field(default=SimulateConfig())
+    judge_model: str = Field(default="scripted/judge")
+    judge: JudgeConfig = Field(default=JudgeConfig())
+    annotator_model: str = Field(default="scripted/annotator")
+    annotate: AttributionConfig = Field(default=AttributionConfig())
+    reward: RewardConfig = Field(default=RewardConfig())
+    dataset: DatasetConfig = Field(default=DatasetConfig())
+    base: BaseConfig = Field(default=BaseConfig())
+    sft: SFTSettings = Field(default=SFTSettings())
+    rm: RewardModelSettings = Field(default=RewardModelSettings())
+    grpo: GRPOSettings = Field(default=GRPOSettings())
+    evaluate: PanelConfig = Field(default=PanelConfig())
+    arms: dict[str, dict[str, Any]] = Field(default={"grpo": {}}, min_length=1)
+    """Trained variants by name, each a mapping of the sections above to the settings it changes."""
+    limits: Limits = Field(default=Limits())
+
+    @model_validator(mode="after")
+    def _arms_are_valid(self) -> Self:
+        for name in self.arms:
+            if name in ("base", "sft"):
+                raise ValueError(f"arm {name!r}: the name is taken")
+            self.arm(name)
+        return self
+
+    def arm(self, name: str) -> Experiment:
+        """The experiment with this arm's settings in place."""
+        changes = self.arms[name]
+        allowed = {"annotate", "annotator_model", "reward", "dataset", "rm", "grpo"}
+        if unknown := set(changes) - allowed:
+            raise ValueError(f"arm {name!r} changes {sorted(unknown)}; an arm may change {sorted(allowed)}")
+        updates: dict[str, Any] = {}
+        for section, values in changes.items():
+            current = getattr(self, section)
+            if isinstance(current, Config):
+                merged = {**current.model_dump(exclude_unset=True), **values}
+                updates[section] = parse_config(type(current), merged, where=f"arms.{name}.{section}")
+            else:
+                updates[section] = values
+        return self.model_copy(update=updates)
+
+    def seeded(self) -> Experiment:
+        """The experiment with its seed in every section that has a seed of its own left unset."""
+        updates = {
+            name: section.model_copy(update={"seed": self.seed})
+            for name in type(self).model_fields
+            if isinstance(section := getattr(self, name), Config)
+            and "seed" in type(section).model_fields
+            and "seed" not in section.model_fields_set
+        }
+        if "tiny" not in self.base.model_fields_set or "seed" not in self.base.tiny.model_fields_set:
+            tiny = self.base.tiny.model_copy(update={"seed": self.seed})
+            updates["base"] = self.base.model_copy(update={"tiny": tiny})
+        return self.model_copy(update=updates)
+
+
+def load_experiment(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Read an experiment file; `overrides` are merged over it, section by section.
+
+    Raises:
+        ConfigError: The file or a setting in it is wrong.
+    """
+    data = read_yaml(path)
+    for name, value in (overrides or {}).items():
+        old = data.get(name)
+        data[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return parse_config(Experiment, data, where=str(path)).seeded()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an experiment.
+
+    `work(folder, inputs)` writes its results into `folder`, reading those of its inputs, and picks up
+    whatever an interrupted call left there.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Stage]
+    work: Callable[[Path, Mapping[str, Path]], None] = field(compare=False)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the results depend on."""
+        inputs = {name: stage.key for name, stage in self.inputs.items()}
+        content = {"name": self.name, "settings": dict(self.settings), "inputs": inputs, "version": __version__}
+        return sha256_text(canonical_json(content))[:12]
+
+    def folder(self, root: Path) -> Path:
+        return root / "stages" / f"{self.name}-{self.key}"
+
+
+DONE = "done.json"
+
+
+def is_done(stage: Stage, root: Path) -> bool:
+    """Whether the stage has finished in this run folder."""
+    return (stage.folder(root) / DONE).is_file()
+
+
+def run_stage(stage: Stage, root: Path, *, resume: bool = True) -> bool:
+    """Run a stage whose inputs have finished, unless it has finished itself; whether there was work."""
+    folder = stage.folder(root)
+    if is_done(stage, root):
+        return False
+    if not resume and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stage.work(folder, {name: other.folder(root) for name, other in stage.inputs.items()})
+    record = {"stage": stage.name, "key": stage.key, "settings": dict(stage.settings), "version": __version__}
+    write_atomically(folder / DONE, json.dumps(record, indent=1, ensure_ascii=False))
+    return True
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or absent, also after a kill."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
