@@ -73,13 +73,13 @@ $(RUN): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11: call make PYTHON=<a newer one>" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet -c constraints.txt --editable '.[train]'
+	$(PIP) install -qq $(TORCH)
+	$(PIP) install -qq -c constraints.txt --editable '.[train]'
 	@rm -f $(VENV)/.stamp-run-*
 	@touch $@
 
 $(DEV): $(RUN)
-	$(PIP) install --quiet -c constraints.txt --editable '.[$(DEV_EXTRAS)]'
-	$(PIP) install --quiet -c constraints.txt --no-deps $(BARE)
+	$(PIP) install -qq -c constraints.txt --editable '.[$(DEV_EXTRAS)]'
+	$(PIP) install -qq -c constraints.txt --no-deps $(BARE)
 	@rm -f $(VENV)/.stamp-dev-*
 	@touch $@

@@ -1,0 +1,281 @@
+"""Published SOTOPIA profiles: from a folder of JSONL files to characters, scenarios and matches.
+
+The folder holds `agent_profiles.jsonl`, `environment_profiles.jsonl`, `env_agent_combo_storages.jsonl` and
+`relationship_profiles.jsonl`. Their texts are kept to the character, tags and trailing spaces included:
+prompts are rendered from them. Only the id is a key: codenames repeat, and names are for display.
+A manifest (a frozen list of matches with a hash) is made of these matches in `evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sotopia_rl.episode import Character, Match, Scenario, Seat
+from sotopia_rl.errors import ConfigError, DataError
+
+AGENTS = "agent_profiles.jsonl"
+ENVIRONMENTS = "environment_profiles.jsonl"
+COMBOS = "env_agent_combo_storages.jsonl"
+RELATIONSHIPS = "relationship_profiles.jsonl"
+
+Row = TypeVar("Row", bound="_Row")
+Built = TypeVar("Built")
+
+
+@dataclass(frozen=True)
+class Combo:
+    """A published choice of two characters for a scenario, by seat."""
+
+    id: str
+    scenario_id: str
+    character_ids: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Relationship:
+    """How two characters know each other. A pair may have several records, and they may disagree.
+
+    What an agent sees depends on the scenario's own `relationship`, never on these.
+    """
+
+    id: str
+    character_ids: tuple[str, str]
+    relationship: int
+    """Index into `episode.RELATIONSHIPS`."""
+    background_story: str
+    """Empty where none was published."""
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Everything in a folder of profiles. `combos` are in order of their ids."""
+
+    characters: Mapping[str, Character]
+    scenarios: Mapping[str, Scenario]
+    combos: tuple[Combo, ...]
+    relationships: tuple[Relationship, ...]
+
+    def combos_of(self, scenario_id: str) -> tuple[Combo, ...]:
+        """The combos of one scenario, lowest id first."""
+        return tuple(combo for combo in self.combos if combo.scenario_id == scenario_id)
+
+    def between(self, first_id: str, second_id: str) -> tuple[Relationship, ...]:
+        """All records on a pair, whichever way round it was published."""
+        pair = {first_id, second_id}
+        return tuple(r for r in self.relationships if set(r.character_ids) == pair)
+
+
+def load_profiles(folder: Path) -> Profiles:
+    """Read and cross-check a folder of profiles.
+
+    Raises:
+        DataError: A file is missing or unreadable, a line is torn, lacks a field or repeats an id, or a
+            record names a character or scenario that no other file defines. Names the file and line.
+    """
+    characters: dict[str, Character] = {}
+    for where, agent in _rows(folder / AGENTS, _AgentRow):
+        _add(characters, where, agent.agent_id, agent.character())
+    scenarios: dict[str, Scenario] = {}
+    for where, environment in _rows(folder / ENVIRONMENTS, _EnvironmentRow):
+        _add(scenarios, where, environment.env_id, environment.scenario_record())
+    combos: dict[str, Combo] = {}
+    for where, combo in _rows(folder / COMBOS, _ComboRow):
+        _check_known(where, "scenario", scenarios, combo.env_id)
+        _check_known(where, "character", characters, *combo.agent_ids)
+        _add(combos, where, combo.combo_id, Combo(combo.combo_id, combo.env_id, combo.agent_ids))
+    relationships: dict[str, Relationship] = {}
+    for where, row in _rows(folder / RELATIONSHIPS, _RelationshipRow):
+        _check_known(where, "character", characters, row.agent1_id, row.agent2_id)
+        _add(relationships, where, row.relationship_id, row.record())
+    in_order = tuple(combos[combo_id] for combo_id in sorted(combos))
+    return Profiles(characters, scenarios, in_order, tuple(relationships.values()))
+
+
+def matches(
+    profiles: Profiles,
+    scenario_ids: Sequence[str] | None = None,
+    *,
+    combos: Literal["first", "all"] = "first",
+    both_seats: bool = True,
+    seeds: Sequence[int] = (0,),
+) -> list[Match]:
+    """The matches of some scenarios, ordered by scenario, combo, seat of the system under test, seed.
+
+    Both seats means that each combo is played twice by the same characters in the same order: once the
+    system under test acts for the first character (`seat` 0), once for the second (`seat` 1).
+
+    Args:
+        scenario_ids: In the order to play them; all of the profiles' scenarios by default.
+        combos: `first` is the lowest id of each scenario, as in the paper's evaluation.
+
+    Raises:
+        DataError: A scenario is not among the profiles, or has no combo.
+    """
+    return [
+        Match.of(profiles.scenarios[combo.scenario_id], _pair(profiles, combo), seat=seat, seed=seed)
+        for scenario_id in (profiles.scenarios if scenario_ids is None else scenario_ids)
+        for combo in _chosen(profiles, scenario_id, combos)
+        for seat in _seats(both_seats=both_seats)
+        for seed in seeds
+    ]
+
+
+def benchmarks() -> dict[str, tuple[str, ...]]:
+    """Scenario ids of the published benchmarks, by name: `sotopia-hard` (14) and `sotopia-all` (90)."""
+    text = (files("sotopia_rl") / "data" / "benchmarks.yaml").read_text(encoding="utf-8")
+    return {name: tuple(ids) for name, ids in yaml.safe_load(text).items()}
+
+
+def benchmark_ids(name: str) -> tuple[str, ...]:
+    """Scenario ids of one published benchmark.
+
+    Raises:
+        ConfigError: There is no benchmark of that name.
+    """
+    known = benchmarks()
+    if name not in known:
+        raise ConfigError(f"no benchmark is called {name!r}; there are {', '.join(known)}")
+    return known[name]
+
+
+def _seats(*, both_seats: bool) -> tuple[Seat, ...]:
+    return (0, 1) if both_seats else (0,)
+
+
+def _pair(profiles: Profiles, combo: Combo) -> tuple[Character, Character]:
+    first, second = combo.character_ids
+    return profiles.characters[first], profiles.characters[second]
+
+
+def _chosen(profiles: Profiles, scenario_id: str, combos: Literal["first", "all"]) -> tuple[Combo, ...]:
+    if scenario_id not in profiles.scenarios:
+        raise DataError(f"scenario {scenario_id!r} is not among the {len(profiles.scenarios)} of the profiles")
+    found = profiles.combos_of(scenario_id)
+    if not found:
+        raise DataError(f"scenario {scenario_id!r} has no combo: {COMBOS} names no characters for it")
+    return found[:1] if combos == "first" else found
+
+
+class _Row(BaseModel):
+    """A line as published. Keys unknown here are ignored: some copies add `tag` or `model_id`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _AgentRow(_Row):
+    agent_id: str = Field(min_length=1)
+    first_name: str
+    last_name: str
+    age: int = Field(default=0, ge=0)
+    occupation: str = ""
+    gender: str = ""
+    gender_pronoun: str = ""
+    public_info: str = ""
+    big_five: str = ""
+    moral_values: tuple[str, ...] = ()
+    schwartz_personal_values: tuple[str, ...] = ()
+    personality_and_values: str = ""
+    decision_making_style: str = ""
+    secret: str = ""
+    mbti: str = ""
+
+    def character(self) -> Character:
+        lists = ("moral_values", "schwartz_personal_values")  # published as ["Care", " Fairness"]
+        stripped = {name: tuple(value.strip() for value in getattr(self, name)) for name in lists}
+        return Character(id=self.agent_id, **{**self.model_dump(exclude={"agent_id"}), **stripped})
+
+
+class _EnvironmentRow(_Row):
+    env_id: str = Field(min_length=1)
+    codename: str = ""
+    source: str = ""
+    scenario: str
+    agent_goals: tuple[str, str]
+    relationship: int = Field(ge=0, le=5)
+    age_constraint: str = ""
+    occupation_constraint: str = ""
+    agent_constraint: str = ""
+
+    def scenario_record(self) -> Scenario:
+        return Scenario(
+            id=self.env_id,
+            codename=self.codename,
+            source=self.source,
+            description=self.scenario,
+            goals=self.agent_goals,
+            relationship=self.relationship,
+            age_constraint=_given(self.age_constraint),
+            occupation_constraint=_given(self.occupation_constraint),
+            agent_constraint=_given(self.agent_constraint),
+        )
+
+
+class _ComboRow(_Row):
+    combo_id: str = Field(min_length=1)
+    env_id: str
+    agent_ids: tuple[str, str]
+
+
+class _RelationshipRow(_Row):
+    relationship_id: str = Field(min_length=1)
+    agent1_id: str
+    agent2_id: str
+    relationship: int = Field(ge=0, le=5)
+    background_story: str = ""
+
+    def record(self) -> Relationship:
+        pair = (self.agent1_id, self.agent2_id)
+        return Relationship(self.relationship_id, pair, self.relationship, _given(self.background_story))
+
+
+def _given(text: str) -> str:
+    """Published tables say `nan` or `none` where nothing is given."""
+    return "" if text in ("nan", "none") else text
+
+
+def _add(records: dict[str, Built], where: str, record_id: str, record: Built) -> None:
+    if record_id in records:
+        raise DataError(f"{where}: id {record_id!r} is there twice")
+    records[record_id] = record
+
+
+def _check_known(where: str, what: str, known: Mapping[str, object], *ids: str) -> None:
+    for record_id in ids:
+        if record_id not in known:
+            raise DataError(f"{where}: {what} {record_id!r} is defined in no file of the folder")
+
+
+def _rows(path: Path, row_type: type[Row]) -> Iterator[tuple[str, Row]]:
+    """(`file:line`, row) of every line of a file that is not blank."""
+    # Not splitlines(): a text may hold U+2028, which JSON leaves as it is.
+    lines = _text(path).split("\n")
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{path}: no record in it")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield where, row_type.model_validate(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not whole JSON ({error.msg}, column {error.colno}); is it torn?") from error
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors())
+            raise DataError(f"{where}: {'; '.join(problems)}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); a folder of profiles has four files") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error

@@ -1,0 +1,187 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sotopia_rl.episode import Match
+from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.profiles import Profiles, benchmark_ids, benchmarks, load_profiles, matches
+
+PUBLISHED = Path(os.environ.get("SOTOPIA_DATA", Path(__file__).parents[2] / "shared" / "data" / "sotopia"))
+
+ANN = {"agent_id": "A1", "first_name": "Ann", "last_name": "O'Lee", "age": 30, "moral_values": ["Care", " Fairness"]}
+BEN = {
+    "agent_id": "A2",
+    "first_name": "Ben",
+    "last_name": "Ito",
+    "public_info": "Ben runs. ",
+    "model_id": "",
+    "tag": "x",
+}
+CAT = {"agent_id": "A3", "first_name": "Cat", "last_name": "李"}
+BARTER = {
+    "env_id": "E1",
+    "codename": "barter",
+    "scenario": "At a fair \u2028 <p viewer='environment'>answer</p>",
+    "agent_goals": ["Sell (<extra_info>cost 3</extra_info>)", "Buy"],
+    "relationship": "3",
+    "occupation_constraint": "nan",
+    "agent_constraint": "none",
+}
+CHAT = {
+    "env_id": "E2",
+    "codename": "barter",
+    "scenario": "In a train",
+    "agent_goals": ["Talk", "Sleep"],
+    "relationship": 0,
+}
+COMBOS = [
+    {"combo_id": "C3", "env_id": "E1", "agent_ids": ["A2", "A3"]},
+    {"combo_id": "C1", "env_id": "E1", "agent_ids": ["A1", "A2"]},
+    {"combo_id": "C2", "env_id": "E2", "agent_ids": ["A3", "A1"]},
+]
+RELATIONS = [
+    {"relationship_id": "R1", "agent1_id": "A1", "agent2_id": "A2", "relationship": "3", "background_story": "nan"},
+    {"relationship_id": "R2", "agent1_id": "A2", "agent2_id": "A1", "relationship": "4", "background_story": "Met."},
+]
+TABLES: dict[str, list[dict[str, object]]] = {
+    "agent_profiles": [ANN, BEN, CAT],
+    "environment_profiles": [BARTER, CHAT],
+    "env_agent_combo_storages": COMBOS,
+    "relationship_profiles": RELATIONS,
+}
+
+
+def write(folder: Path, **replaced: list[dict[str, object]]) -> Path:
+    for name, rows in {**TABLES, **replaced}.items():
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def published() -> Profiles:
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"the published SOTOPIA profiles are not at {PUBLISHED} (SOTOPIA_DATA names another place)")
+    return load_profiles(PUBLISHED)
+
+
+def seats_of(played: list[Match]) -> list[tuple[str, str, int]]:
+    return [(m.scenario.id, m.characters[0].id, m.seat) for m in played]
+
+
+def test_texts_are_kept_to_the_character_and_placeholders_are_emptied(tmp_path):
+    profiles = load_profiles(write(tmp_path))
+    assert profiles.characters["A2"].public_info == "Ben runs. "
+    assert profiles.characters["A1"].name == "Ann O'Lee"
+    assert profiles.characters["A1"].moral_values == ("Care", "Fairness")
+    barter = profiles.scenarios["E1"]
+    assert barter.description == BARTER["scenario"]
+    assert barter.goals == ("Sell (<extra_info>cost 3</extra_info>)", "Buy")
+    assert (barter.relationship, barter.occupation_constraint, barter.agent_constraint) == (3, "", "")
+
+
+def test_a_pair_may_have_two_conflicting_relationships(tmp_path):
+    profiles = load_profiles(write(tmp_path))
+    found = profiles.between("A2", "A1")
+    assert [(r.id, r.relationship, r.background_story) for r in found] == [("R1", 3, ""), ("R2", 4, "Met.")]
+
+
+def test_the_first_combo_is_the_lowest_id_and_both_seats_keep_the_order_of_the_characters(tmp_path):
+    profiles = load_profiles(write(tmp_path))
+    assert seats_of(matches(profiles)) == [("E1", "A1", 0), ("E1", "A1", 1), ("E2", "A3", 0), ("E2", "A3", 1)]
+
+
+def test_all_combos_one_seat_and_several_seeds(tmp_path):
+    profiles = load_profiles(write(tmp_path))
+    played = matches(profiles, ["E1"], combos="all", both_seats=False, seeds=(5, 6))
+    assert [(m.characters[0].id, m.seat, m.seed) for m in played] == [
+        ("A1", 0, 5),
+        ("A1", 0, 6),
+        ("A2", 0, 5),
+        ("A2", 0, 6),
+    ]
+    assert len({m.id for m in played}) == len(played)
+
+
+def test_a_scenario_that_is_unknown_or_has_no_combo_is_refused(tmp_path):
+    profiles = load_profiles(write(tmp_path, env_agent_combo_storages=COMBOS[:2]))
+    with pytest.raises(DataError, match="'E9' is not among the 2 of the profiles"):
+        matches(profiles, ["E9"])
+    with pytest.raises(DataError, match="'E2' has no combo"):
+        matches(profiles)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write(tmp_path)
+    (tmp_path / "agent_profiles.jsonl").unlink()
+    with pytest.raises(DataError, match=r"agent_profiles\.jsonl: cannot be read \(No such file"):
+        load_profiles(tmp_path)
+
+
+def test_a_torn_line_is_named_with_its_number(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "environment_profiles.jsonl"
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    with pytest.raises(DataError, match=r"environment_profiles\.jsonl:2: not whole JSON"):
+        load_profiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "message"),
+    [
+        ("agent_profiles", [], r"agent_profiles\.jsonl: no record in it"),
+        ("agent_profiles", [ANN, BEN, CAT, ANN], r"agent_profiles\.jsonl:4: id 'A1' is there twice"),
+        ("agent_profiles", [ANN, BEN], r"storages\.jsonl:1: character 'A3' is defined in no file"),
+        ("agent_profiles", [{"agent_id": "A1", "first_name": "Ann"}], r"profiles\.jsonl:1: last_name: Field required"),
+        ("environment_profiles", [BARTER], r"storages\.jsonl:3: scenario 'E2' is defined in no file"),
+        ("environment_profiles", [{**BARTER, "agent_goals": ["one"]}], r"profiles\.jsonl:1: agent_goals"),
+        ("environment_profiles", [{**BARTER, "relationship": "7"}], r"profiles\.jsonl:1: relationship: .*less than"),
+        ("env_agent_combo_storages", [*COMBOS, COMBOS[0]], r"storages\.jsonl:4: id 'C3' is there twice"),
+        (
+            "relationship_profiles",
+            [{**RELATIONS[0], "agent2_id": "A9"}],
+            r"relationship_profiles\.jsonl:1: character 'A9'",
+        ),
+    ],
+)
+def test_bad_records_are_named_with_file_and_line(tmp_path, table, rows, message):
+    with pytest.raises(DataError, match=message):
+        load_profiles(write(tmp_path, **{table: rows}))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    write(tmp_path)
+    (tmp_path / "agent_profiles.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_profiles(tmp_path)
+
+
+def test_hard_is_a_subset_of_all():
+    assert {name: len(ids) for name, ids in benchmarks().items()} == {"sotopia-hard": 14, "sotopia-all": 90}
+    assert set(benchmark_ids("sotopia-hard")) < set(benchmark_ids("sotopia-all"))
+    with pytest.raises(ConfigError, match="there are sotopia-hard, sotopia-all"):
+        benchmark_ids("sotopia-easy")
+
+
+def test_the_published_profiles_load_whole():
+    profiles = published()
+    sizes = (profiles.characters, profiles.scenarios, profiles.combos, profiles.relationships)
+    assert tuple(map(len, sizes)) == (40, 90, 450, 120)
+    assert "Finnegan O'Malley" in {c.name for c in profiles.characters.values()}
+    assert len({s.codename for s in profiles.scenarios.values()}) == 81
+    pairs = {frozenset(r.character_ids) for r in profiles.relationships}
+    assert len(pairs) == 118
+    assert sum(not r.background_story for r in profiles.relationships) == 3
+
+
+@pytest.mark.parametrize(("name", "first", "every"), [("sotopia-hard", 28, 140), ("sotopia-all", 180, 900)])
+def test_the_benchmarks_have_the_published_numbers_of_matches(name, first, every):
+    profiles = published()
+    ids = benchmark_ids(name)
+    assert set(ids) <= set(profiles.scenarios)
+    played = matches(profiles, ids)
+    assert len(played) == first
+    assert sum(m.seat for m in played) == first // 2
+    everything = matches(profiles, ids, combos="all")
+    assert len({m.id for m in everything}) == len(everything) == every
