@@ -10,15 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pydantic import ValidationError
+
+from sotopia_rl import __version__
 from sotopia_rl.episode import Provenance, Sampling, Usage, sha256_text
 from sotopia_rl.errors import ReplyError
-from sotopia_rl.models import ChatModel, JsonSchema, Message
+from sotopia_rl.llm.extract import UnusableReply, extract_json
+from sotopia_rl.models import ChatModel, JsonSchema, Message, Reply
+
+__all__ = ["Answer", "UnusableReply", "ask", "extract_json"]
 
 T = TypeVar("T")
-
-
-class UnusableReply(ValueError):
-    """A parser's word for what is wrong with a reply, told to the model when it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,6 @@ class Answer(Generic[T]):
 
     def provenance(self, model: ChatModel, sampling: Sampling, prompt_profile: str) -> Provenance:
         """The record kept with whatever is made of this answer."""
-        from sotopia_rl import __version__
-
         return Provenance(
             model=model.name,
             sampling=sampling,
@@ -69,7 +69,8 @@ async def ask(
         ReplyError: No attempt gave a usable reply.
         ModelCallError: The model gave no reply at all.
     """
-    messages: Sequence[Message] = [Message(role="user", content=prompt)]
+    first = Message(role="user", content=prompt)
+    messages: Sequence[Message] = [first]
     usage, replies, problem = Usage(), [], ""
     for attempt in range(max_attempts):
         attempt_seed = None if seed is None else seed + attempt
@@ -77,14 +78,10 @@ async def ask(
         usage += reply.usage
         replies.append(reply.text)
         try:
-            value = parse(reply.text)
+            value = _parsed(reply, parse, sampling)
         except ValueError as error:
-            problem = str(error)
-            messages = [
-                messages[0],
-                Message(role="assistant", content=reply.text),
-                Message(role="user", content=f"That reply cannot be used: {problem}\nPlease reply again."),
-            ]
+            problem = _in_words(error)
+            messages = _ask_again(first, reply.text, problem)
             continue
         return Answer(value=value, text=reply.text, prompt=prompt, attempts=attempt + 1, usage=usage)
     raise ReplyError(
@@ -92,3 +89,24 @@ async def ask(
         model=model.name,
         replies=tuple(replies),
     )
+
+
+def _parsed(reply: Reply, parse: Callable[[str], T], sampling: Sampling) -> T:
+    if reply.finish_reason == "length":
+        # Even where the text reads well: what is missing cannot be known.
+        raise UnusableReply(f"it was cut off at the token limit of {sampling.max_tokens} tokens; be shorter")
+    return parse(reply.text)
+
+
+def _in_words(error: ValueError) -> str:
+    """One line; pydantic's own text has several and a link."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'reply'}: {e['msg']}" for e in error.errors())
+
+
+def _ask_again(first: Message, reply: str, problem: str) -> list[Message]:
+    note = f"That reply cannot be used: {problem}\nPlease reply again."
+    if not reply.strip():  # several servers refuse an empty assistant message
+        return [Message(role="user", content=f"{first.content}\n\n{note}")]
+    return [first, Message(role="assistant", content=reply), Message(role="user", content=note)]
