@@ -1,0 +1,188 @@
+"""The records of an evaluation: its settings, and `results.json`.
+
+What the numbers mean stands here; how they come about is in `evaluate.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+from pydantic import Field, ValidationError
+
+from sotopia_rl.config import Config
+from sotopia_rl.episode import Record
+from sotopia_rl.errors import DataError
+from sotopia_rl.statistics import Estimate
+
+Setting = Literal["sampled", "greedy"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
+
+
+class Metric(Record):
+    """What a column of results means."""
+
+    label: str
+    low: float | None = None
+    high: float | None = None
+    """Ends of the range, for bounding what failures could change; None where there is none."""
+    guard: bool = False
+    """Shown beside the scores because judges reward it, or because a score can be bought with it."""
+
+
+SCORES: dict[str, Metric] = {
+    "goal": Metric(label="Goal", low=0, high=10),
+    "relationship": Metric(label="Relationship", low=-5, high=5),
+    "knowledge": Metric(label="Knowledge", low=0, high=10),
+    "believability": Metric(label="Believability", low=0, high=10),
+    "secret": Metric(label="Secret", low=-10, high=0),
+    "social_rules": Metric(label="Social rules", low=-10, high=0),
+    "financial_and_material_benefits": Metric(label="Financial and material benefits", low=-5, high=5),
+    "overall": Metric(label="Overall (mean of the seven)", low=-30 / 7, high=40 / 7),
+}
+GUARDS: dict[str, Metric] = {
+    "secret_leaks": Metric(label="Episodes with a leaked secret", low=0, high=1, guard=True),
+    "words_per_utterance": Metric(label="Words per utterance", guard=True),
+    "num_turns": Metric(label="Turns", guard=True),
+    "repetition": Metric(label="Utterances that repeat an earlier one", low=0, high=1, guard=True),
+    "invalid_replies": Metric(label="Invalid replies per turn", guard=True),
+}
+METRICS: dict[str, Metric] = SCORES | GUARDS
+
+
+class EvaluateConfig(Config):
+    """How comparisons are computed."""
+
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Level of the intervals."""
+    num_draws: int = Field(default=20_000, ge=999)
+    """Sign patterns drawn for a p-value where there are too many scenarios to enumerate them."""
+    power: float = Field(default=0.8, gt=0, lt=1)
+    """Chance with which `detectable` would be found."""
+    seed: int = Field(default=0, ge=0)
+    """Of the drawn sign patterns."""
+
+
+class Row(Record):
+    """One metric of one comparison. `difference` is `mean_a - mean_b`, over the pairs that both scored."""
+
+    system_a: str
+    system_b: str
+    setting: Setting
+    metric: str
+    num_pairs: int
+    num_scenarios: int
+    num_excluded: int
+    """Pairs left out because one side has no score."""
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float | None
+    high: float | None
+    """Ends of the interval; None with fewer than two scenarios."""
+    standard_error: float | None
+    df: float | None
+    p_value: float
+    """Sign-flip permutation test over scenarios."""
+    p_holm: float
+    """Adjusted for all metrics of this comparison and setting (Holm)."""
+    detectable: float | None
+    """The true difference that a comparison of this precision finds with the configured power."""
+    worst: float | None
+    best: float | None
+    """Difference had every excluded pair gone as badly, or as well, as the range allows."""
+
+
+class Effect(Record):
+    """A difference with its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Self:
+        return cls(value=estimate.value, low=estimate.low, high=estimate.high)
+
+
+class Decomposition(Record):
+    """Where A's gain over B in the sampled setting comes from, over pairs scored in all four cells.
+
+    `sampled_gain = greedy_gain + noise_saving`: what is left when neither samples, and how much less A
+    loses by sampling than B does.
+    """
+
+    system_a: str
+    system_b: str
+    metric: str
+    num_pairs: int
+    num_scenarios: int
+    sampled_gain: Effect
+    greedy_gain: Effect
+    noise_saving: Effect
+    noise_cost_a: Effect
+    """Greedy minus sampled, for A."""
+    noise_cost_b: Effect
+    over_greedy_b: Effect
+    """A sampled minus B greedy: what A gains beyond what B gets by merely not sampling."""
+
+
+class SystemSummary(Record):
+    """What became of one system's pairs in one setting."""
+
+    system: str
+    setting: Setting
+    model: str
+    planned: int
+    scored: int
+    failures: dict[str, int]
+    """Pairs without a score, by cause."""
+
+
+class Results(Record):
+    """`results.json`: every comparison, with what is needed to repeat or doubt it."""
+
+    schema_version: int = 1
+    manifest: str
+    manifest_sha256: str
+    num_matches: int
+    num_scenarios: int
+    partners: tuple[str, ...]
+    judge: str
+    seeds: dict[str, int]
+    config: EvaluateConfig
+    rows: tuple[Row, ...]
+    systems: tuple[SystemSummary, ...]
+    decompositions: tuple[Decomposition, ...]
+    notes: tuple[str, ...] = ()
+    package_version: str = ""
+
+    def row(self, system_a: str, system_b: str, setting: Setting, metric: str) -> Row:
+        """One row.
+
+        Raises:
+            KeyError: There is no such row.
+        """
+        for row in self.rows:
+            if (row.system_a, row.system_b, row.setting, row.metric) == (system_a, system_b, setting, metric):
+                return row
+        raise KeyError((system_a, system_b, setting, metric))
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def load_results(path: Path) -> Results:
+    """Read `results.json`.
+
+    Raises:
+        DataError: It is missing, or was not written by this version of the records.
+    """
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run the evaluation first") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise DataError(f"{path}: not a results file: {location}: {first['msg']}") from error
