@@ -30,8 +30,10 @@ FailureKind = Literal[
     "budget",
     "model",
     "cancelled",
+    "bad_input",
 ]
-"""Why a call to a model failed, for counting. `model`: an in-process model raised."""
+"""Why something has no result, for counting. `model`: an in-process model raised. `bad_input`: what it would
+be made of is missing or contradicts itself, so no call was made."""
 
 
 class SotopiaRLError(Exception):
