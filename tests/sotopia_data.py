@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sotopia_rl.episode import Character, Match, Scenario
+from sotopia_rl.episode import Match
+from sotopia_rl.profiles import load_profiles
 
 FOLDER = Path(os.environ.get("SOTOPIA_DATA") or Path(__file__).parent.parent.parent / "shared/data/sotopia")
 needs_sotopia_data = pytest.mark.skipif(
@@ -15,32 +16,20 @@ needs_sotopia_data = pytest.mark.skipif(
 )
 
 
+@cache
+def profiles():
+    return load_profiles(FOLDER)
+
+
 def golden(name):
     return json.loads((FOLDER / "golden" / name).read_text(encoding="utf-8"))
 
 
-@cache
-def rows(name):
-    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def character(agent_id):
-    row = dict(next(row for row in rows("agent_profiles") if row["agent_id"] == agent_id))
-    return Character(id=row.pop("agent_id"), **row)
-
-
-def scenario(env_id):
-    row = next(row for row in rows("environment_profiles") if row["env_id"] == env_id)
-    return Scenario(
-        id=env_id,
-        codename=row["codename"],
-        description=row["scenario"],
-        goals=tuple(row["agent_goals"]),
-        relationship=int(row["relationship"]),
-    )
-
-
 def match_of_combo(combo_id):
-    combo = next(row for row in rows("env_agent_combo_storages") if row["combo_id"] == combo_id)
-    first, second = combo["agent_ids"]
-    return Match.of(scenario(combo["env_id"]), (character(first), character(second)))
+    combo = next(combo for combo in profiles().combos if combo.id == combo_id)
+    return match_of(combo.scenario_id, *combo.character_ids)
+
+
+def match_of(scenario_id, first_id, second_id):
+    characters = profiles().characters
+    return Match.of(profiles().scenarios[scenario_id], (characters[first_id], characters[second_id]))

@@ -146,8 +146,8 @@ def _names(match: Match) -> tuple[str, str]:
     return first.name, second.name
 
 
-# Two per match being played: room for several thousand matches at once.
-@lru_cache(maxsize=16384)
+# Two per match being played and one per match being judged: room for a thousand at once and more, in about 15 MB.
+@lru_cache(maxsize=4096)
 def _context(
     scenario: Scenario, characters: tuple[Character, Character], viewer: Viewer, *, hides_partner: bool
 ) -> str:
