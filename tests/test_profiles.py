@@ -1,14 +1,13 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from sotopia_data import FOLDER, needs_sotopia_data
+from sotopia_data import profiles as published
 from sotopia_rl.episode import Match
 from sotopia_rl.errors import ConfigError, DataError
-from sotopia_rl.profiles import Profiles, benchmark_ids, benchmarks, load_profiles, matches
-
-PUBLISHED = Path(os.environ.get("SOTOPIA_DATA", Path(__file__).parents[2] / "shared" / "data" / "sotopia"))
+from sotopia_rl.profiles import benchmark_ids, benchmarks, load_profiles, matches, train_and_held_out
 
 ANN = {"agent_id": "A1", "first_name": "Ann", "last_name": "O'Lee", "age": 30, "moral_values": ["Care", " Fairness"]}
 BEN = {
@@ -58,12 +57,6 @@ def write(folder: Path, **replaced: list[dict[str, object]]) -> Path:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
-
-
-def published() -> Profiles:
-    if not PUBLISHED.is_dir():
-        pytest.skip(f"the published SOTOPIA profiles are not at {PUBLISHED} (SOTOPIA_DATA names another place)")
-    return load_profiles(PUBLISHED)
 
 
 def seats_of(played: list[Match]) -> list[tuple[str, str, int]]:
@@ -164,6 +157,7 @@ def test_hard_is_a_subset_of_all():
         benchmark_ids("sotopia-easy")
 
 
+@needs_sotopia_data
 def test_the_published_profiles_load_whole():
     profiles = published()
     sizes = (profiles.characters, profiles.scenarios, profiles.combos, profiles.relationships)
@@ -175,6 +169,7 @@ def test_the_published_profiles_load_whole():
     assert sum(not r.background_story for r in profiles.relationships) == 3
 
 
+@needs_sotopia_data
 @pytest.mark.parametrize(("name", "first", "every"), [("sotopia-hard", 28, 140), ("sotopia-all", 180, 900)])
 def test_the_benchmarks_have_the_published_numbers_of_matches(name, first, every):
     profiles = published()
@@ -185,3 +180,29 @@ def test_the_benchmarks_have_the_published_numbers_of_matches(name, first, every
     assert sum(m.seat for m in played) == first // 2
     everything = matches(profiles, ids, combos="all")
     assert len({m.id for m in everything}) == len(everything) == every
+
+
+@needs_sotopia_data
+def test_sotopia_hard_is_held_out_and_its_first_matches_are_those_of_the_paper():
+    train, held_out = train_and_held_out(FOLDER, train=400, held_out=28, seed=1)
+    hard = benchmark_ids("sotopia-hard")
+    assert [m.id for m in held_out] == [m.id for m in matches(published(), hard, seeds=(1,))]
+    assert not {m.scenario.id for m in train} & set(hard)
+    assert not {m.scenario.description for m in train} & {m.scenario.description for m in held_out}
+    assert len({m.id for m in train}) == 400
+
+
+def test_own_profiles_are_split_by_scenario_and_repeat_with_the_next_seed(tmp_path):
+    train, held_out = train_and_held_out(write(tmp_path), train=9, held_out=3, seed=4)
+    assert (len(train), len(held_out)) == (9, 3)
+    assert len({m.scenario.id for m in train}) == len({m.scenario.id for m in held_out}) == 1
+    assert train[0].scenario.id != held_out[0].scenario.id
+    assert len({m.id for m in train}) == 9
+    assert train[0].seed == held_out[0].seed == 4
+    assert train[-1].seed > 4
+
+
+def test_a_folder_of_one_scenario_cannot_be_split(tmp_path):
+    folder = write(tmp_path, environment_profiles=[BARTER], env_agent_combo_storages=COMBOS[:2])
+    with pytest.raises(DataError, match="none is left to train on"):
+        train_and_held_out(folder, train=1, held_out=1)

@@ -8,7 +8,9 @@ A manifest (a frozen list of matches with a hash) is made of these matches in `e
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,11 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sotopia_rl.episode import Character, Match, Scenario, Seat
 from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.files import read_text
 
 AGENTS = "agent_profiles.jsonl"
 ENVIRONMENTS = "environment_profiles.jsonl"
 COMBOS = "env_agent_combo_storages.jsonl"
 RELATIONSHIPS = "relationship_profiles.jsonl"
+
+SEATS: tuple[Seat, ...] = (0, 1)
 
 Row = TypeVar("Row", bound="_Row")
 Built = TypeVar("Built")
@@ -123,9 +128,45 @@ def matches(
         Match.of(profiles.scenarios[combo.scenario_id], _pair(profiles, combo), seat=seat, seed=seed)
         for scenario_id in (profiles.scenarios if scenario_ids is None else scenario_ids)
         for combo in _chosen(profiles, scenario_id, combos)
-        for seat in _seats(both_seats=both_seats)
+        for seat in (SEATS if both_seats else SEATS[:1])
         for seed in seeds
     ]
+
+
+def train_and_held_out(folder: Path, *, train: int, held_out: int, seed: int = 0) -> tuple[list[Match], list[Match]]:
+    """Matches to train on and matches to evaluate on, with no scenario (nor its wording) in common.
+
+    Held out are the scenarios of sotopia-hard that the folder has; a folder without any of them loses a fifth
+    of its scenarios to the held-out side, drawn by `seed`. Both lists play every scenario once, in both seats,
+    before any scenario's second combo, and start again with the next seed when all combos are used up.
+
+    Raises:
+        DataError: As `load_profiles`, or nothing is left on one side.
+    """
+    profiles = load_profiles(folder)
+    rng = random.Random(seed)
+    playable = sorted({combo.scenario_id for combo in profiles.combos})
+    apart = [i for i in benchmark_ids("sotopia-hard") if i in set(playable)]
+    apart = apart or rng.sample(playable, max(1, len(playable) // 5))
+    told_apart = {profiles.scenarios[scenario_id].description for scenario_id in apart}
+    rest = [i for i in playable if profiles.scenarios[i].description not in told_apart]
+    if not rest:
+        raise DataError(f"{folder}: all its scenarios are held out, none is left to train on; give it more scenarios")
+    rng.shuffle(rest)
+    return _spread(profiles, rest, train, seed), _spread(profiles, apart, held_out, seed)
+
+
+def _spread(profiles: Profiles, scenario_ids: Sequence[str], count: int, first_seed: int) -> list[Match]:
+    """`count` matches that use every scenario before any is used again."""
+    combos = [profiles.combos_of(scenario_id) for scenario_id in scenario_ids]
+    in_turn = [combo for rank in itertools.zip_longest(*combos) for combo in rank if combo is not None]
+    endless = (
+        Match.of(profiles.scenarios[combo.scenario_id], _pair(profiles, combo), seat=seat, seed=seed)
+        for seed in itertools.count(first_seed)
+        for combo in in_turn
+        for seat in SEATS
+    )
+    return list(itertools.islice(endless, count))
 
 
 def benchmarks() -> dict[str, tuple[str, ...]]:
@@ -144,10 +185,6 @@ def benchmark_ids(name: str) -> tuple[str, ...]:
     if name not in known:
         raise ConfigError(f"no benchmark is called {name!r}; there are {', '.join(known)}")
     return known[name]
-
-
-def _seats(*, both_seats: bool) -> tuple[Seat, ...]:
-    return (0, 1) if both_seats else (0,)
 
 
 def _pair(profiles: Profiles, combo: Combo) -> tuple[Character, Character]:
@@ -256,7 +293,7 @@ def _check_known(where: str, what: str, known: Mapping[str, object], *ids: str) 
 def _rows(path: Path, row_type: type[Row]) -> Iterator[tuple[str, Row]]:
     """(`file:line`, row) of every line of a file that is not blank."""
     # Not splitlines(): a text may hold U+2028, which JSON leaves as it is.
-    lines = _text(path).split("\n")
+    lines = read_text(path).split("\n")
     if not any(line.strip() for line in lines):
         raise DataError(f"{path}: no record in it")
     for number, line in enumerate(lines, start=1):
@@ -270,12 +307,3 @@ def _rows(path: Path, row_type: type[Row]) -> Iterator[tuple[str, Row]]:
         except ValidationError as error:
             problems = (f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors())
             raise DataError(f"{where}: {'; '.join(problems)}") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); a folder of profiles has four files") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
