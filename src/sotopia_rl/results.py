@@ -11,6 +11,7 @@ from typing import Literal, Self, get_args
 from pydantic import Field, ValidationError
 
 from sotopia_rl.config import Config
+from sotopia_rl.dimensions import SOTOPIA_DIMENSIONS
 from sotopia_rl.episode import Record
 from sotopia_rl.errors import DataError
 from sotopia_rl.statistics import Estimate
@@ -31,20 +32,21 @@ class Metric(Record):
 
 
 SCORES: dict[str, Metric] = {
-    "goal": Metric(label="Goal", low=0, high=10),
-    "relationship": Metric(label="Relationship", low=-5, high=5),
-    "knowledge": Metric(label="Knowledge", low=0, high=10),
-    "believability": Metric(label="Believability", low=0, high=10),
-    "secret": Metric(label="Secret", low=-10, high=0),
-    "social_rules": Metric(label="Social rules", low=-10, high=0),
-    "financial_and_material_benefits": Metric(label="Financial and material benefits", low=-5, high=5),
-    "overall": Metric(label="Overall (mean of the seven)", low=-30 / 7, high=40 / 7),
+    d.name: Metric(label=d.name.replace("_", " ").capitalize(), low=d.low, high=d.high)
+    for d in sorted(SOTOPIA_DIMENSIONS, key=lambda d: d.name not in ("goal", "relationship", "knowledge"))
+} | {
+    "overall": Metric(
+        label="Overall",
+        low=sum(d.low for d in SOTOPIA_DIMENSIONS) / len(SOTOPIA_DIMENSIONS),
+        high=sum(d.high for d in SOTOPIA_DIMENSIONS) / len(SOTOPIA_DIMENSIONS),
+    )
 }
+"""The judge's dimensions, the trained ones first, and their mean."""
 GUARDS: dict[str, Metric] = {
-    "secret_leaks": Metric(label="Episodes with a leaked secret", low=0, high=1, guard=True),
+    "secret_leaks": Metric(label="Episodes with a leak", low=0, high=1, guard=True),
     "words_per_utterance": Metric(label="Words per utterance", guard=True),
     "num_turns": Metric(label="Turns", guard=True),
-    "repetition": Metric(label="Utterances that repeat an earlier one", low=0, high=1, guard=True),
+    "repetition": Metric(label="Repeated utterances", low=0, high=1, guard=True),
     "invalid_replies": Metric(label="Invalid replies per turn", guard=True),
 }
 METRICS: dict[str, Metric] = SCORES | GUARDS
