@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -20,30 +19,9 @@ from pydantic import Field, ValidationError, field_validator
 from sotopia_rl.config import Config
 from sotopia_rl.episode import Episode, Rating, Record, Seat, Turn, UtteranceReward
 from sotopia_rl.errors import DataError
+from sotopia_rl.files import write_lines
 from sotopia_rl.models import Message
 from sotopia_rl.observe import agent_prompt
-
-
-class DatasetConfig(Config):
-    """Which episodes become rows, how they are rendered and how they are split.
-
-    The `clone_` filters choose what SFT imitates, as in SOTOPIA-pi (arXiv 2403.08715, section 3.2).
-    """
-
-    profile: str | None = None
-    """Prompt profile of the rows; by default each episode's own."""
-    clone_model: str | None = None
-    """Imitate only episodes in which both agents are this model."""
-    clone_goal_above: float | None = None
-    """Imitate only agents whose goal score is greater than this."""
-    clone_best_per_scenario: int | None = Field(default=None, ge=1)
-    """Imitate so many episodes per scenario and seat, those with the highest goal score."""
-    split_by: Literal["episode", "scenario"] = "episode"
-    """What never stands in both train and validation rows."""
-    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Of the episodes (or scenarios) held back for validation, in expectation."""
-    seed: int = 0
-    """Of the split."""
 
 
 class PromptRow(Record):
@@ -56,7 +34,7 @@ class PromptRow(Record):
     seat: Seat
 
     def paper_form(self) -> dict[str, object]:
-        """The row as the paper's code writes it."""
+        """The row as the paper's code writes it; its GRPO trainer reads `input` only."""
         return {"input": self.prompt[-1].content, "output": ""}
 
 
@@ -153,32 +131,22 @@ def _completion(turn: Turn) -> tuple[Message, ...]:
 
 def write_rows(rows: Iterable[PromptRow], path: Path) -> int:
     """Write rows as JSON lines; the file appears only when it is whole. Returns the number of rows."""
-    return _write(path, (row.model_dump_json() + "\n" for row in rows))
+    return write_lines(path, (row.model_dump_json() + "\n" for row in rows))
 
 
 def write_paper_rows(rows: Iterable[PromptRow], path: Path) -> int:
     """Write rows as the paper's code does: one JSON array of `input`, `output` and, for rewards, `value`."""
+    count = 0
 
     def pieces() -> Iterator[str]:
-        for number, row in enumerate(rows):
-            yield ("[\n" if number == 0 else ",\n") + json.dumps(row.paper_form(), ensure_ascii=False)
+        nonlocal count
+        yield "["
+        for row in rows:
+            yield (",\n" if count else "\n") + json.dumps(row.paper_form(), ensure_ascii=False)
+            count += 1
+        yield "\n]\n"
 
-    return _write(path, pieces(), empty="[", end="\n]\n")
-
-
-def _write(path: Path, pieces: Iterable[str], *, empty: str = "", end: str = "") -> int:
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for piece in pieces:
-                file.write(piece)
-                count += 1
-            file.write(end if count else empty + end)
-        os.replace(partial, path)  # noqa: PTH105 - atomic over an existing file
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
+    write_lines(path, pieces())
     return count
 
 
@@ -238,6 +206,17 @@ def _row(cls: type[Row], line: str, where: str) -> Row:
 # --- which episodes ------------------------------------------------------------------------------------------------
 
 
+class CloningFilter(Config):
+    """Which agents SFT imitates, as in SOTOPIA-pi (arXiv 2403.08715, section 3.2). By default everybody."""
+
+    model: str | None = None
+    """Only episodes in which both agents are this model."""
+    goal_above: float | None = None
+    """Only agents whose goal score is greater than this."""
+    best_per_scenario: int | None = Field(default=None, ge=1)
+    """Only so many episodes per scenario and seat, those with the highest goal score."""
+
+
 class Judged(Record):
     """An episode's id and what the filter decides by, small enough to hold for every episode."""
 
@@ -263,7 +242,7 @@ class Selection(Record):
     """Agents (two per episode) by reason."""
 
 
-def select_for_cloning(judged: Iterable[Judged], config: DatasetConfig) -> Selection:
+def select_for_cloning(judged: Iterable[Judged], config: CloningFilter) -> Selection:
     """Choose which agents to imitate; nothing is dropped without being counted."""
     left_out: dict[str, int] = {}
     kept: dict[tuple[str, Seat], list[Judged]] = {}
@@ -278,10 +257,8 @@ def select_for_cloning(judged: Iterable[Judged], config: DatasetConfig) -> Selec
     chosen: dict[str, list[Seat]] = {}
     for (_, seat), entries in kept.items():
         best = entries
-        if config.clone_best_per_scenario is not None:
-            best = sorted(entries, key=lambda e: (-(e.goal[seat] or 0.0), e.episode_id))[
-                : config.clone_best_per_scenario
-            ]
+        if config.best_per_scenario is not None:
+            best = sorted(entries, key=lambda e: (-(e.goal[seat] or 0.0), e.episode_id))[: config.best_per_scenario]
             if len(best) < len(entries):
                 reason = "not among the best of its scenario"
                 left_out[reason] = left_out.get(reason, 0) + len(entries) - len(best)
@@ -290,26 +267,36 @@ def select_for_cloning(judged: Iterable[Judged], config: DatasetConfig) -> Selec
     return Selection(seats={key: tuple(sorted(value)) for key, value in chosen.items()}, left_out=left_out)
 
 
-def _reason_against(entry: Judged, seat: Seat, config: DatasetConfig) -> str:
+def _reason_against(entry: Judged, seat: Seat, config: CloningFilter) -> str:
     goal = entry.goal[seat]
-    if config.clone_model is not None and entry.models != (config.clone_model, config.clone_model):
+    if config.model is not None and entry.models != (config.model, config.model):
         return "not both agents are the chosen model"
-    if goal is None and (config.clone_goal_above is not None or config.clone_best_per_scenario is not None):
+    if goal is None and (config.goal_above is not None or config.best_per_scenario is not None):
         return "no goal score"
-    if goal is not None and config.clone_goal_above is not None and goal <= config.clone_goal_above:
+    if goal is not None and config.goal_above is not None and goal <= config.goal_above:
         return "goal score too low"
     return ""
 
 
-def side_of(row: PromptRow, config: DatasetConfig) -> Literal["train", "validation"]:
+class SplitConfig(Config):
+    """How rows are divided into train and validation."""
+
+    by: Literal["episode", "scenario"] = "episode"
+    """What never stands on both sides."""
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Of the episodes (or scenarios) held back, in expectation."""
+    seed: int = 0
+
+
+def side_of(row: PromptRow, config: SplitConfig) -> Literal["train", "validation"]:
     """On which side a row belongs: a pure function of its group's id and the seed, so that rows may stream."""
-    group = row.episode_id if config.split_by == "episode" else row.scenario_id
+    group = row.episode_id if config.by == "episode" else row.scenario_id
     digest = hashlib.sha256(f"{config.seed}/{group}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return "validation" if share < config.validation_fraction else "train"
 
 
-def split_rows(rows: Callable[[], Iterable[Row]], config: DatasetConfig) -> tuple[Iterator[Row], Iterator[Row]]:
+def split_rows(rows: Callable[[], Iterable[Row]], config: SplitConfig) -> tuple[Iterator[Row], Iterator[Row]]:
     """Train and validation rows, lazily; `rows` is called once for each side."""
     train = (row for row in rows() if side_of(row, config) == "train")
     validation = (row for row in rows() if side_of(row, config) == "validation")

@@ -122,6 +122,11 @@ def judge_view(match: Match, turns: Sequence[Turn], *, first_turn_number: int = 
     return "\n".join(lines)
 
 
+def goal_text(match: Match, seat: Seat) -> str:
+    """The goal of the agent in `seat`, as it is told to it."""
+    return _visible(match.scenario.goals[seat], seat, where=match.scenario.id)
+
+
 def observation_text(turn: Turn, name: str) -> str:
     """What both agents are told of a turn, once it is over. Of a silent turn they learn only that it passed."""
     done = "" if turn.action.action_type == "none" else f"{name} {action_text(turn.action)}"

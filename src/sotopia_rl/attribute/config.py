@@ -34,8 +34,10 @@ def _built_in() -> dict[str, Dimension]:
 BUILT_IN = _built_in()
 """SOTOPIA's seven dimensions and conversation_behaviour, which no judge scores (see `reward.py`), by name."""
 
-WHOLE_EPISODE_ONLY = frozenset({"singular", "scaled"})
-"""Methods that compare the utterances of an episode with one another."""
+SCALED = frozenset({"direct", "direct_normalised", "response_only", "utterance_quality"})
+"""Methods in which the annotator uses `scale`."""
+COMPUTED_METHODS = frozenset({"uniform", "uniform_split", "scaled", "exact"})
+"""Methods that ask no annotator."""
 
 
 class AttributionConfig(Config):
@@ -56,7 +58,7 @@ class AttributionConfig(Config):
     show_scores: bool = True
     """Tell the annotator the episode's scores (never in the online view, where the outcome is unknown)."""
     discount: float = Field(default=0.9, gt=0, lt=1)
-    """Of the scaled method: credit left per utterance of the agent away from the key one."""
+    """Of the scaled method: what is left of the credit for each later utterance of the agent."""
     samples: int = Field(default=1, ge=1)
     """Self-consistency: answers per question, averaged, their spread kept."""
     temperature: float = Field(default=0.0, ge=0)
@@ -86,16 +88,18 @@ class AttributionConfig(Config):
             raise ValueError(f"custom dimension {', '.join(clash)} has the name of a built-in one")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} samples at temperature 0 are all the same; set a temperature")
-        if self.view == "online" and self.method in WHOLE_EPISODE_ONLY:
-            raise ValueError(f"{self.method} compares all utterances of an episode and has no online view")
+        if self.view == "online" and self.method in COMPUTED_METHODS | {"singular", "response_only"}:
+            raise ValueError(f"{self.method} needs more than the turns up to an utterance and has no online view")
         return self
 
     @property
     def label(self) -> str:
         """The method's name in records and files: everything that changes what a weight means."""
         parts: list[str] = [self.method]
-        if self.scale != 3:
+        if self.method in SCALED and self.scale != 3:
             parts.append(str(self.scale))
+        if self.method == "scaled" and self.discount != 0.9:
+            parts.append(f"{self.discount:g}")
         if self.view == "online":
             parts.append("online")
         return "-".join(parts)

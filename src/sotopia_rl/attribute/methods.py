@@ -88,16 +88,9 @@ def _equal_shares(answers: Weights, _case: Case) -> Weights:
 
 
 def _discounted(answers: Weights, case: Case) -> Weights:
-    """1 for the key utterance, times `discount` per utterance of the agent before or after it.
-
-    Averaged key marks (several samples) discount around each sample's key utterance in proportion.
-    """
-    turns = sorted(answers)
-    place = {turn: i for i, turn in enumerate(turns)}
-    discount = case.config.discount
-    return {
-        turn: math.fsum(answers[key] * discount ** abs(place[turn] - place[key]) for key in turns) for turn in turns
-    }
+    """1 for the last utterance, times `discount` for each step back."""
+    turns = sorted(answers, reverse=True)
+    return {turn: case.config.discount**steps for steps, turn in enumerate(turns)}
 
 
 def moved_points(differences: Weights, score: float) -> Weights:
@@ -128,7 +121,7 @@ def _exact(answers: Weights, case: Case) -> Weights:
 
 
 def _score(case: Case) -> float:
-    assert case.score is not None  # noqa: S101 - `needs_score` methods are only run on scored cases
+    assert case.score is not None
     return case.score
 
 
@@ -166,7 +159,7 @@ METHODS: dict[str, Method] = {
         Method("direct", "weight", _as_answered, _scale),
         Method("direct_normalised", "weight", _shares, _one, check=_some_weight),
         Method("singular", "weight", _as_answered, _one, asked_top=_just_one, check=_one_key),
-        Method("scaled", "weight", _discounted, _one, asked_top=_just_one, check=_one_key),
+        Method("scaled", None, _discounted, _one),
         Method("uniform", None, _full_score, _one),
         Method("uniform_split", None, _equal_shares, _one),
         Method("goal_progress", "score", _progress, _whole_score),

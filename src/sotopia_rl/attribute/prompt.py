@@ -10,8 +10,8 @@ from sotopia_rl.attribute.config import AttributionConfig
 from sotopia_rl.attribute.items import AttributionItem
 from sotopia_rl.attribute.methods import Method
 from sotopia_rl.attribute.reply import Ranges
-from sotopia_rl.episode import Episode
-from sotopia_rl.observe import action_text, judge_view
+from sotopia_rl.episode import Match, Turn
+from sotopia_rl.observe import action_text, goal_text, judge_view
 from sotopia_rl.prompts import render
 
 
@@ -40,8 +40,8 @@ def _question(item: AttributionItem, method: Method, config: AttributionConfig, 
         method.template,
         view=config.view,
         conversation=judge_view(episode.match, in_view, first_turn_number=0),
-        utterances=_alone(episode, turns),
-        goal=episode.match.scenario.goals[seat],
+        utterances=_with_responses(episode.match, in_view, turns),
+        goal=goal_text(episode.match, seat),
         agent=seat + 1,
         name=episode.match.characters[seat].name,
         turns=turns,
@@ -65,5 +65,15 @@ def _shown_scores(item: AttributionItem, method: Method, config: AttributionConf
     return {name: f"{points[name]:g}" for name in item.dimensions if name in points}
 
 
-def _alone(episode: Episode, turns: Sequence[int]) -> str:
-    return "\n\n".join(f"Turn #{turn}\n{action_text(episode.turns[turn].action)}" for turn in turns)
+def _with_responses(match: Match, turns: Sequence[Turn], rated: Sequence[int]) -> str:
+    """Each rated utterance and what came straight after it, without the rest of the conversation."""
+    parts = []
+    for turn in rated:
+        answer = turns[turn + 1 : turn + 2]
+        parts.append(f"Turn #{turn}\n{_line(match, turns[turn])}")
+        parts.append(f"Answer to turn {turn}:\n{_line(match, answer[0]) if answer else '(none, it was the last)'}")
+    return "\n\n".join(parts)
+
+
+def _line(match: Match, turn: Turn) -> str:
+    return f"{match.characters[turn.seat].name} {action_text(turn.action)}"

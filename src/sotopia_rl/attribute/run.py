@@ -94,7 +94,7 @@ async def attribute(
     cases = {name: Case(config.dimension(name), points.get(name), config) for name in item.dimensions}
     if method.asks is None or not item.episode.utterances(item.seat):
         return _computed(item, method, cases, _answers_of_nobody(item, method, cases))
-    assert model is not None  # noqa: S101 - annotator_name refuses it
+    assert model is not None
     return await _asked(item, method, cases, model)
 
 
