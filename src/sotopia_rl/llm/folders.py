@@ -1,0 +1,77 @@
+"""Model and adapter folders: checked cheaply, without torch, before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from sotopia_rl.errors import ConfigError
+
+
+def check_model_folder(path: Path) -> None:
+    """Refuse what cannot be loaded.
+
+    Raises:
+        ConfigError: `path` is no folder with a transformers model and its tokenizer.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"local/{path}: no such folder; give a folder that holds a transformers model")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        raise ConfigError(f"local/{path}: this is an adapter, not a model; write local/{base}:{path}")
+    _read_json(path / "config.json")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ConfigError(f"local/{path}: not a model folder (no weights, *.safetensors, in it)")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"local/{path}: not a model folder (no tokenizer, tokenizer.json, in it)")
+
+
+def check_adapter(adapter: Path, base: Path) -> str:
+    """The base that `adapter` names as its own.
+
+    Raises:
+        ConfigError: It is no LoRA adapter of a language model, or one for another base than `base`.
+    """
+    if not adapter.is_dir():
+        raise ConfigError(f"adapter {adapter}: no such folder")
+    config = _read_json(adapter / "adapter_config.json")
+    if config.get("task_type") not in {"CAUSAL_LM", None}:
+        raise ConfigError(f"adapter {adapter}: made for {config['task_type']}, not for text generation")
+    recorded = str(config.get("base_model_name_or_path") or "")
+    if recorded and not _same_base(Path(recorded), base):
+        raise ConfigError(f"adapter {adapter} was trained on {recorded}, not on {base}")
+    return recorded or "an unnamed base"
+
+
+def _same_base(recorded: Path, base: Path) -> bool:
+    """Whether two paths mean the same weights. A recorded base that is gone, or a hub name, goes by its last part."""
+    if not recorded.is_dir():
+        return recorded.name == base.resolve().name
+    return recorded.resolve() == base.resolve() or _fingerprint(recorded) == _fingerprint(base)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Digest of the weight files' sizes and of both ends of each, which tells two models apart in milliseconds."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(1 << 20))
+            content.seek(max(0, size - (1 << 20)))
+            digest.update(content.read(1 << 20))
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"local/{path.parent}: not a model folder (no {path.name} in it)") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return data

@@ -1,0 +1,191 @@
+"""From a model string to a model: the one place where the four kinds are told apart.
+
+openai/gpt-4o                     OpenAI, key from OPENAI_API_KEY
+custom/NAME@http://host:port/v1   any OpenAI-compatible server, key from SOTOPIA_RL_KEY_HOST_PORT
+local/PATH[:ADAPTER]              transformers, in this process
+scripted/NAME                     a deterministic model that ships with the package
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from sotopia_rl.errors import ConfigError, MissingExtraError
+from sotopia_rl.llm.folders import check_adapter, check_model_folder
+from sotopia_rl.llm.limits import Budget, ModelLimits, Tally
+from sotopia_rl.models import ChatModel
+
+if TYPE_CHECKING:
+    from sotopia_rl.llm.in_process import LocalBase
+
+FORMS = "openai/NAME, custom/NAME@http://host:port/v1, local/PATH[:ADAPTER] or scripted/NAME"
+
+_CUSTOM = re.compile(r"(?P<name>.+)@(?P<url>https?://.+)")
+
+
+@dataclass(frozen=True)
+class OpenAIName:
+    name: str
+
+
+@dataclass(frozen=True)
+class CustomName:
+    name: str
+    url: str
+    """Without a slash at the end."""
+
+
+@dataclass(frozen=True)
+class LocalName:
+    path: Path
+    adapter: Path | None
+
+
+@dataclass(frozen=True)
+class ScriptedName:
+    name: str
+
+
+def parse_name(text: str) -> OpenAIName | CustomName | LocalName | ScriptedName:
+    """What a model string names; nothing is opened or looked up.
+
+    Raises:
+        ConfigError: The string has none of the four forms.
+    """
+    kind, _, rest = text.partition("/")
+    if not rest or text != text.strip():
+        raise ConfigError(f"{text!r} names no model; write {FORMS}")
+    if kind == "openai":
+        return OpenAIName(rest)
+    if kind == "scripted":
+        return ScriptedName(rest)
+    if kind == "local":
+        return _parse_local(rest)
+    if kind == "custom":
+        return _parse_custom(text, rest)
+    near = difflib.get_close_matches(kind, ["openai", "custom", "local", "scripted"], n=1)
+    hint = f", did you mean {near[0]}/{rest}?" if near else f"; write {FORMS}"
+    raise ConfigError(f"{text!r} names no model: unknown kind {kind!r}{hint}")
+
+
+def _parse_custom(text: str, rest: str) -> CustomName:
+    match = _CUSTOM.fullmatch(rest)
+    if match is None:
+        raise ConfigError(f"{text!r} names no endpoint; write custom/NAME@http://host:port/v1")
+    url = match["url"].rstrip("/")
+    if "@" in url or "?" in url or "#" in url:
+        # The text is not repeated: what stands there is most likely a key.
+        raise ConfigError(
+            f"custom/{match['name']}: the URL holds a user, a password or a query; write http://host:port/v1 "
+            "and put the key into the environment"
+        )
+    return CustomName(match["name"], url)
+
+
+def _parse_local(rest: str) -> LocalName:
+    if Path(rest).is_dir():  # a folder whose name holds a colon
+        return LocalName(Path(rest), None)
+    path, colon, adapter = rest.rpartition(":")
+    return LocalName(Path(path), Path(adapter)) if colon and path and adapter else LocalName(Path(rest), None)
+
+
+class ModelPool:
+    """The models of one run: each string opened once, limits and budget shared, all closed at the end.
+
+    async with ModelPool(limits) as pool:
+        model = pool.get("openai/gpt-4o")
+    """
+
+    def __init__(self, limits: ModelLimits | None = None, *, budget: Budget | None = None) -> None:
+        self.limits = limits or ModelLimits()
+        self.budget = budget or Budget(self.limits.max_spend_usd)
+        self._models: dict[str, ChatModel] = {}
+        self._bases: dict[Path, LocalBase] = {}
+
+    def get(self, name: str) -> ChatModel:
+        """The model that `name` names, opened on first use; connections and weights come with its first call.
+
+        Raises:
+            ConfigError: The string is wrong, its key or price is missing, or its folder is no model.
+            MissingExtraError: It needs an optional dependency.
+        """
+        if name not in self._models:
+            self._models[name] = self._open(name)
+        return self._models[name]
+
+    def tallies(self) -> dict[str, Tally]:
+        """Calls, tokens and cost by model string, failed calls included. Scripted models keep none."""
+        found = {name: getattr(model, "tally", None) for name, model in self._models.items()}
+        return {name: tally for name, tally in found.items() if isinstance(tally, Tally)}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for model in self._models.values():
+            await model.__aexit__(*exc)
+        self._models.clear()
+        self._bases.clear()
+
+    def _open(self, name: str) -> ChatModel:
+        parsed = parse_name(name)
+        if isinstance(parsed, ScriptedName):
+            return _scripted(parsed)
+        if isinstance(parsed, LocalName):
+            return self._local(name, parsed)
+        raise ConfigError(f"{name}: no client yet")
+
+    def _local(self, name: str, parsed: LocalName) -> ChatModel:
+        path = _resolve(parsed.path)
+        check_model_folder(path)
+        if parsed.adapter is not None:
+            check_adapter(parsed.adapter, path)
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError(package, "train")
+        from sotopia_rl.llm.in_process import LocalBase, LocalModel
+
+        key = path.resolve()
+        if key not in self._bases:
+            self._bases[key] = LocalBase(path, self.limits)
+        return LocalModel(name, self._bases[key], parsed.adapter)
+
+
+def _resolve(path: Path) -> Path:
+    """`local/smollm2` stands for SmolLM2-135M-Instruct out of its PyPI package."""
+    if str(path) != "smollm2" or path.exists():
+        return path
+    from sotopia_rl.llm import smollm2
+
+    return smollm2.cached()
+
+
+def _scripted(parsed: ScriptedName) -> ChatModel:
+    from sotopia_rl.sandbox import SCRIPTED
+
+    if parsed.name not in SCRIPTED:
+        raise ConfigError(f"scripted/{parsed.name}: no such model{_near(parsed.name, SCRIPTED)}")
+    return SCRIPTED[parsed.name]()
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean scripted/{near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
+
+
+@asynccontextmanager
+async def open_model(name: str, limits: ModelLimits | None = None) -> AsyncIterator[ChatModel]:
+    """One model on its own: `async with open_model("scripted/fair") as model`.
+
+    Raises:
+        ConfigError, MissingExtraError: As `ModelPool.get`.
+    """
+    async with ModelPool(limits) as pool:
+        yield pool.get(name)
