@@ -9,7 +9,6 @@ What the stages do is in `stages.py`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,11 @@ from pydantic import Field, model_validator
 from sotopia_rl import __version__
 from sotopia_rl.attribute import AttributionConfig
 from sotopia_rl.config import Config, parse_config, read_yaml
-from sotopia_rl.dataset import DatasetConfig
+from sotopia_rl.dataset import CloningFilter
 from sotopia_rl.episode import Sampling, canonical_json, sha256_text
+from sotopia_rl.files import write_text
 from sotopia_rl.judge import JudgeConfig
+from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.reward import RewardConfig
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings, TinyModelSettings
@@ -87,15 +88,6 @@ class PanelConfig(Config):
     """Episodes printed in full in the report."""
 
 
-class Limits(Config):
-    """What calls to models may take, for the whole run. Not part of any stage's key."""
-
-    max_cost_usd: float | None = Field(default=None, gt=0)
-    """Stop when calls have cost this much."""
-    concurrency: int = Field(default=64, gt=0)
-    """Matches, judgements or attributions under way at once."""
-
-
 class Experiment(Config):
     """One experiment, from matches to report."""
 
@@ -112,7 +104,8 @@ class Experiment(Config):
     annotator_model: str = Field(default="scripted/annotator")
     annotate: AttributionConfig = Field(default=AttributionConfig())
     reward: RewardConfig = Field(default=RewardConfig())
-    dataset: DatasetConfig = Field(default=DatasetConfig())
+    cloning: CloningFilter = Field(default=CloningFilter())
+    """Which agents of the training episodes SFT imitates."""
     base: BaseConfig = Field(default=BaseConfig())
     sft: SFTSettings = Field(default=SFTSettings())
     rm: RewardModelSettings = Field(default=RewardModelSettings())
@@ -120,7 +113,10 @@ class Experiment(Config):
     evaluate: PanelConfig = Field(default=PanelConfig())
     arms: dict[str, dict[str, Any]] = Field(default={"grpo": {}}, min_length=1)
     """Trained variants by name, each a mapping of the sections above to the settings it changes."""
-    limits: Limits = Field(default=Limits())
+    limits: ModelLimits = Field(default=ModelLimits())
+    """What calls to models may take. Not part of any stage's key."""
+    concurrency: int = Field(default=64, gt=0)
+    """Judgements or attributions under way at once."""
 
     @model_validator(mode="after")
     def _arms_are_valid(self) -> Self:
@@ -133,7 +129,7 @@ class Experiment(Config):
     def arm(self, name: str) -> Experiment:
         """The experiment with this arm's settings in place."""
         changes = self.arms[name]
-        allowed = {"annotate", "annotator_model", "reward", "dataset", "rm", "grpo"}
+        allowed = {"annotate", "annotator_model", "reward", "rm", "grpo"}
         if unknown := set(changes) - allowed:
             raise ValueError(f"arm {name!r} changes {sorted(unknown)}; an arm may change {sorted(allowed)}")
         updates: dict[str, Any] = {}
@@ -216,15 +212,5 @@ def run_stage(stage: Stage, root: Path, *, resume: bool = True) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     stage.work(folder, {name: other.folder(root) for name, other in stage.inputs.items()})
     record = {"stage": stage.name, "key": stage.key, "settings": dict(stage.settings), "version": __version__}
-    write_atomically(folder / DONE, json.dumps(record, indent=1, ensure_ascii=False))
+    write_text(folder / DONE, json.dumps(record, indent=1, ensure_ascii=False))
     return True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either whole or absent, also after a kill."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

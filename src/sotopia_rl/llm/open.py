@@ -143,7 +143,7 @@ class ModelPool:
         raise ConfigError(f"{name}: no client yet")
 
     def _local(self, name: str, parsed: LocalName) -> ChatModel:
-        path = _resolve(parsed.path)
+        path = resolve_model_folder(parsed.path)
         check_model_folder(path)
         if parsed.adapter is not None:
             check_adapter(parsed.adapter, path)
@@ -158,10 +158,10 @@ class ModelPool:
         return LocalModel(name, self._bases[key], parsed.adapter)
 
 
-def _resolve(path: Path) -> Path:
-    """`local/smollm2` stands for SmolLM2-135M-Instruct out of its PyPI package."""
-    if str(path) != "smollm2" or path.exists():
-        return path
+def resolve_model_folder(path: str | Path) -> Path:
+    """A model folder; `smollm2` stands for SmolLM2-135M-Instruct out of its PyPI package."""
+    if str(path) != "smollm2" or Path(path).exists():
+        return Path(path)
     from sotopia_rl.llm import smollm2
 
     return smollm2.cached()

@@ -1,0 +1,77 @@
+"""The command line: names, one-line descriptions, exit codes. What a command does is in `commands/`.
+
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 a flag or a config file is wrong,
+130 interrupted. Commands are imported when they are called, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+
+from sotopia_rl import __version__
+from sotopia_rl.errors import ConfigError, SotopiaRLError
+
+app = App(
+    name="sotopia-rl",
+    version=__version__,
+    help="Train language agents to be socially intelligent, and measure whether they are.",
+)
+
+_PIPELINE = "The line, stage by stage"
+_WHOLE = "The whole line"
+_DATA = "Data"
+
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "quickstart": ("experiments:quickstart", _WHOLE, "The whole line offline, in minutes, on a laptop CPU."),
+    "run": ("experiments:run", _WHOLE, "An experiment file; redoes only what changed."),
+    "simulate": ("data:simulate", _PIPELINE, "Play matches between two models and keep the episodes."),
+    "judge": ("data:judge", _PIPELINE, "Score episodes with SOTOPIA-EVAL."),
+    "annotate": ("data:annotate", _PIPELINE, "Attribute the scores to utterances."),
+    "reward": ("data:reward", _PIPELINE, "Combine attributions into rewards and write training rows."),
+    "sft": ("training:sft", _PIPELINE, "Behaviour cloning."),
+    "rm": ("training:rm", _PIPELINE, "Train the reward model on utterance rewards."),
+    "grpo": ("training:grpo", _PIPELINE, "Train the policy against the reward model."),
+    "evaluate": ("evaluation:evaluate", _PIPELINE, "Compare systems over one manifest, paired, with intervals."),
+    "report": ("evaluation:report", _PIPELINE, "Write the report of a run again."),
+}
+
+for _name, (_target, _group, _help) in COMMANDS.items():
+    app.command(f"sotopia_rl.commands.{_target}", name=_name, group=_group, help=_help)
+
+episodes = App(name="episodes", help="List, show, export and import episodes.", group=_DATA)
+for _name, _help in {
+    "list": "One line per episode.",
+    "show": "One conversation, to read.",
+    "export": "Copy episodes into another store or a JSONL file.",
+    "import": "Copy episodes from another store or a JSONL file.",
+}.items():
+    episodes.command(f"sotopia_rl.commands.episodes:{_name}_episodes", name=_name, help=_help)
+app.command(episodes)
+
+data = App(name="data", help="Get published data sets.", group=_DATA)
+data.command("sotopia_rl.commands.episodes:pull", name="pull", help="Download a published data set from the hub.")
+app.command(data)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `sotopia-rl`."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app(arguments)
+    except ConfigError as error:
+        print(f"sotopia-rl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SotopiaRLError as error:
+        print(f"sotopia-rl: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("sotopia-rl: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What several commands share: settings from defaults, file and flags; stores; finished-work summaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from sotopia_rl.config import Config, parse_config, read_yaml
+from sotopia_rl.console import detail, err
+from sotopia_rl.errors import SotopiaRLError
+from sotopia_rl.manifest import Manifest, load_manifest
+from sotopia_rl.stages import Tally
+
+C = TypeVar("C", bound=Config)
+
+DEFAULT_STORE = "episodes.db"
+
+
+def resolve(flags: C, file: Path | None) -> C:
+    """Settings by precedence: the class's defaults, then the file, then the flags that were given.
+
+    Raises:
+        ConfigError: The file is wrong, or the settings contradict one another.
+    """
+    if file is None:
+        return flags
+    given = flags.model_dump(include=flags.model_fields_set)
+    return parse_config(type(flags), {**read_yaml(file), **given}, where=str(file))
+
+
+def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -> Manifest:
+    """A manifest by name (`sandbox-train`, `sandbox-held-out`, `sotopia-hard`, `sotopia-all`) or from a file."""
+    from sotopia_rl import sandbox
+    from sotopia_rl.profiles import benchmark_manifest
+
+    if name == "sandbox-train":
+        return Manifest(name=name, matches=tuple(sandbox.matches("train", count, seed=seed)))
+    if name == "sandbox-held-out":
+        return Manifest(name=name, matches=tuple(sandbox.matches("held_out", count, seed=seed)))
+    if name in ("sotopia-hard", "sotopia-all"):
+        return benchmark_manifest(name, profiles, seed=seed)
+    return load_manifest(Path(name))
+
+
+def finish(tally: Tally) -> None:
+    """Say what was done; an error where nothing succeeded.
+
+    Raises:
+        SotopiaRLError: Every item failed.
+    """
+    extra = detail(tally)
+    err.print(str(tally) + (f" ({extra})" if extra else ""))
+    if tally.done and sum(tally.failed.values()) == tally.done:
+        raise SotopiaRLError(f"all {tally.done} {tally.stage} failed")

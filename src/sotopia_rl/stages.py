@@ -1,0 +1,250 @@
+"""What each stage does, on explicit stores and files: the commands and the experiment runner both call these.
+
+Every function here can be stopped at any point and called again: it asks its target what is there already
+and goes on from that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sotopia_rl.attribute import AttributionConfig, AttributionKey, annotator_name, attribute_all
+from sotopia_rl.dataset import CloningFilter, Judged, reward_rows, select_for_cloning, sft_rows, write_rows
+from sotopia_rl.episode import AgentSpec, Episode, Failure, Match, Rating, Sampling, Usage, UtteranceReward
+from sotopia_rl.errors import DataError
+from sotopia_rl.evaluate import Played
+from sotopia_rl.files import read_text, write_lines, write_text
+from sotopia_rl.judge import JudgeConfig, judge_all
+from sotopia_rl.manifest import Manifest
+from sotopia_rl.models import ChatModel
+from sotopia_rl.reward import Credited, Normaliser, RewardConfig, fit_normaliser, utterance_rewards
+from sotopia_rl.simulate import Pairing, SimulateConfig, episode_id, simulate
+from sotopia_rl.store import EpisodeQuery, EpisodeStore
+
+
+@dataclass
+class Tally:
+    """How far a stage is: for progress bars, and for the summary at its end."""
+
+    stage: str
+    total: int
+    done: int = 0
+    skipped: int = 0
+    """Finished by an earlier call."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """By cause."""
+    usage: Usage = field(default_factory=Usage)
+    note: str = ""
+    """Shown instead of counts, for instance the loss of a training step."""
+
+    def add(self, failure: Failure | None, usage: Usage) -> None:
+        self.done += 1
+        self.usage += usage
+        if failure is not None:
+            self.failed[failure.kind] += 1
+
+    def __str__(self) -> str:
+        causes = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failed.items()))
+        parts = [f"{self.done} of {self.total} {self.stage}"]
+        parts += [f"{self.skipped} were there already"] if self.skipped else []
+        parts += [f"failed: {causes}"] if causes else []
+        return "; ".join(parts)
+
+
+Watch = Callable[[Tally], None]
+StepWatch = Callable[[int, int], None]
+"""Told the optimizer steps done and the steps in all."""
+GetModel = Callable[[str], ChatModel]
+
+
+def step_watch(stage: str, watch: Watch) -> StepWatch:
+    """Shows training steps as a tally."""
+    tally = Tally(stage, total=0)
+
+    def step(done: int, total: int) -> None:
+        tally.done, tally.total = done, total
+        watch(tally)
+
+    return step
+
+
+def cast_pairings(
+    matches: Iterable[Match], speakers: Mapping[str, float], *, sampling: Sampling, seed: int
+) -> list[Pairing]:
+    """Seat a speaker drawn by weight in each seat of each match."""
+    names, weights = list(speakers), list(speakers.values())
+    pairings = []
+    for match in matches:
+        first, second = random.Random(f"{seed}/{match.id}").choices(names, weights, k=2)
+        agents = (AgentSpec(model=first, sampling=sampling), AgentSpec(model=second, sampling=sampling))
+        pairings.append(Pairing(match=match, agents=agents))
+    return pairings
+
+
+async def simulate_into(
+    store: EpisodeStore,
+    pairings: Sequence[Pairing],
+    get_model: GetModel,
+    *,
+    tag: str,
+    config: SimulateConfig,
+    watch: Watch,
+    retry_failed: bool = False,
+) -> Tally:
+    """Play the pairings that the store lacks and add each episode as it ends, failed ones included."""
+    present = set(store.ids(EpisodeQuery(tag=tag, status="completed" if retry_failed else None)))
+    missing = [p for p in pairings if episode_id(p, tag=tag, config=config) not in present]
+    tally = Tally("episodes", total=len(missing), skipped=len(pairings) - len(missing))
+    watch(tally)
+    async for episode in simulate(missing, get_model, tag=tag, config=config):
+        store.add_episode(episode)
+        tally.add(episode.failure, episode.usage)
+        watch(tally)
+    return tally
+
+
+async def judge_into(
+    episodes: EpisodeStore,
+    target: EpisodeStore,
+    query: EpisodeQuery,
+    judge: ChatModel,
+    *,
+    config: JudgeConfig,
+    limit: int,
+    watch: Watch,
+) -> Tally:
+    """Rate the completed episodes that `target` holds no rating by this judge of; failures go beside them."""
+    rated = target.rated_ids(judge.name)
+    todo = [e for e in episodes.ids(query) if e not in rated]
+    tally = Tally("judgements", total=len(todo), skipped=len(rated))
+    watch(tally)
+    target.delete_failures("judge", [f"{e}/{judge.name}" for e in todo])
+    source = (episodes.episode(episode_id) for episode_id in todo)
+    async for episode, outcome in judge_all(source, judge, config, limit=limit):
+        if isinstance(outcome, Failure):
+            target.add_failure("judge", f"{episode.id}/{judge.name}", outcome)
+            tally.add(outcome, Usage())
+        else:
+            target.add_rating(outcome)
+            tally.add(None, outcome.provenance.usage)
+        watch(tally)
+    return tally
+
+
+async def annotate_into(
+    rated: Iterable[tuple[Episode, Rating]],
+    target: EpisodeStore,
+    annotator: ChatModel | None,
+    *,
+    total: int,
+    config: AttributionConfig,
+    limit: int,
+    watch: Watch,
+) -> Tally:
+    """Attribute the scores of both agents of every rated episode, leaving out what `target` holds already.
+
+    Args:
+        total: Number of rated episodes, for the progress bar.
+    """
+    name = annotator_name(annotator, config)
+    present = target.attributed(method=config.label, annotator=name)
+    tally = Tally("attributions", total=2 * total)
+    watch(tally)
+
+    def done(key: AttributionKey) -> bool:
+        return (key.episode_id, key.seat, key.dimension) in present
+
+    async for item, outcome in attribute_all(rated, annotator, config, limit=limit, done=done):
+        item_id = f"{item.episode.id}/{item.seat}/{','.join(item.dimensions)}/{config.label}/{name}"
+        if isinstance(outcome, Failure):
+            target.add_failure("annotate", item_id, outcome)
+            tally.add(outcome, Usage())
+        else:
+            target.add_attributions(outcome)
+            target.delete_failures("annotate", [item_id])
+            tally.add(None, outcome[0].provenance.usage)
+        watch(tally)
+    tally.skipped = tally.total - tally.done
+    return tally
+
+
+def credited(
+    rated: Iterable[tuple[Episode, Rating]], attributions: EpisodeStore, *, config: AttributionConfig, annotator: str
+) -> Iterator[Credited]:
+    """Each rated episode with its attributions by one method and annotator."""
+    for episode, rating in rated:
+        own = attributions.attributions(episode.id, method=config.label, annotator=annotator)
+        yield Credited(episode, rating, tuple(own))
+
+
+def reward_into(data: Callable[[], Iterable[Credited]], folder: Path, config: RewardConfig) -> Normaliser:
+    """Fit the normaliser on `data` (read twice) and write `normaliser.json` and `rewards.jsonl` into `folder`."""
+    normaliser = fit_normaliser(data(), config)
+    write_text(folder / "normaliser.json", normaliser.model_dump_json(indent=1))
+    lines = (r.model_dump_json() + "\n" for item in data() for r in utterance_rewards(item, config, normaliser))
+    write_lines(folder / "rewards.jsonl", lines)
+    return normaliser
+
+
+def read_rewards(path: Path) -> dict[str, list[UtteranceReward]]:
+    """Rewards by episode id.
+
+    Raises:
+        DataError: The file is missing, or a line of it is no reward.
+    """
+    rewards: dict[str, list[UtteranceReward]] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            reward = UtteranceReward.model_validate_json(line)
+        except ValidationError as error:
+            raise DataError(f"{path}:{number}: not a reward ({error.errors()[0]['msg']})") from error
+        rewards.setdefault(reward.episode_id, []).append(reward)
+    return rewards
+
+
+def cloning_rows_into(
+    rated: Callable[[], Iterable[tuple[Episode, Rating]]], path: Path, cloning: CloningFilter
+) -> dict[str, int]:
+    """Write the rows of the agents worth imitating (`rated` is read twice); how many were left out, by reason.
+
+    Raises:
+        DataError: Nobody is left to imitate.
+    """
+    selection = select_for_cloning((Judged.of(e, r) for e, r in rated()), cloning)
+    chosen = (row for e, _ in rated() if e.id in selection.seats for row in sft_rows(e, selection.seats[e.id]))
+    if not write_rows(chosen, path):
+        raise DataError(f"no agent is left to imitate: {dict(selection.left_out)}; loosen the cloning filter")
+    return dict(selection.left_out)
+
+
+def reward_rows_into(
+    rated: Iterable[tuple[Episode, Rating]], rewards: Mapping[str, Sequence[UtteranceReward]], path: Path
+) -> int:
+    """Write a row per rewarded utterance: the reward model's data, and GRPO's prompts.
+
+    Raises:
+        DataError: There is none.
+    """
+    count = write_rows((row for e, _ in rated for row in reward_rows(e, rewards.get(e.id, ()))), path)
+    if not count:
+        raise DataError("no utterance has a reward: there is nothing to train on")
+    return count
+
+
+def system_specs(model: str, *, temperature: float, greedy: bool, max_tokens: int) -> list[AgentSpec]:
+    """A system as it is evaluated: sampled, and greedily if asked."""
+    temperatures = [temperature, 0.0] if greedy else [temperature]
+    return [AgentSpec(model=model, sampling=Sampling(temperature=t, max_tokens=max_tokens)) for t in temperatures]
+
+
+def load_played(system: str, manifest: Manifest, store: EpisodeStore, judge: str) -> Played:
+    """What a system did over a manifest, from the store it was played and judged into."""
+    failures = {item.partition("/")[0]: failure for _, item, failure in store.failures("judge")}
+    ratings = {rating.episode_id: rating for rating in store.ratings(judge=judge)}
+    return Played(system, manifest, list(store.episodes()), ratings, failures)

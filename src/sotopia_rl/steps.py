@@ -1,0 +1,263 @@
+"""What each stage of an experiment does: reads the folders of its inputs, writes its own.
+
+Every step can be killed and called again on the same folder. The work itself is in `stages.py` and `train/`;
+here it is only fed and its results are put in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from sotopia_rl import profiles, sandbox, stages
+from sotopia_rl.attribute import COMPUTED, METHODS
+from sotopia_rl.dataset import sft_rows, write_rows
+from sotopia_rl.episode import AgentSpec, Episode, Match, Rating, Sampling
+from sotopia_rl.errors import DataError
+from sotopia_rl.evaluate import evaluate
+from sotopia_rl.experiment import Experiment, WorldConfig
+from sotopia_rl.files import read_text, write_text
+from sotopia_rl.llm.limits import Budget, ModelLimits
+from sotopia_rl.llm.open import ModelPool
+from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest
+from sotopia_rl.reward import Credited
+from sotopia_rl.stages import Watch
+from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
+
+T = TypeVar("T")
+Inputs = Mapping[str, Path]
+
+COMPLETED = EpisodeQuery(status="completed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of one run share.
+
+    Attributes:
+        watch: Is told of progress.
+        limits: What calls to models may take.
+        budget: What they may cost, over all steps.
+    """
+
+    watch: Watch
+    limits: ModelLimits
+    budget: Budget
+
+
+def _with_models(run: Run, work: Callable[[ModelPool], Awaitable[T]]) -> T:
+    async def inside() -> T:
+        async with ModelPool(run.limits, budget=run.budget) as pool:
+            return await work(pool)
+
+    return asyncio.run(inside())
+
+
+def _steps(run: Run, stage: str) -> stages.StepWatch:
+    return stages.step_watch(stage, run.watch)
+
+
+@contextmanager
+def _store(folder: Path) -> Iterator[EpisodeStore]:
+    with closing(open_store(folder / "store.db")) as store:
+        yield store
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def matches_of(world: WorldConfig) -> tuple[list[Match], list[Match]]:
+    """Training and held-out matches, with no scenario in common."""
+    if world.profiles is not None:
+        return profiles.train_and_held_out(
+            world.profiles, train=world.train_matches, held_out=world.held_out_matches, seed=world.seed
+        )
+    families = world.families or sandbox.FAMILIES
+    train = sandbox.matches("train", world.train_matches, seed=world.seed, families=families)
+    return train, sandbox.matches("held_out", world.held_out_matches, seed=world.seed, families=families)
+
+
+def world(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    train, held_out = matches_of(e.world)
+    Manifest(name=f"{e.name}-train", matches=tuple(train)).save(out / "train.json")
+    Manifest(name=f"{e.name}-held-out", matches=tuple(held_out)).save(out / "held_out.json")
+
+
+def simulate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    matches = load_manifest(inputs["world"] / "train.json").matches
+    pairings = stages.cast_pairings(matches, e.cast.speakers, sampling=e.cast.sampling, seed=e.cast.seed)
+    with _store(out) as store:
+        _with_models(
+            run,
+            lambda pool: stages.simulate_into(
+                store, pairings, pool.get, tag="train", config=e.simulate, watch=run.watch
+            ),
+        )
+        if not store.count(COMPLETED):
+            raise DataError(f"none of the {len(pairings)} episodes was completed; see {out / 'store.db'}")
+
+
+def judge(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    with _store(inputs["simulate"]) as episodes, _store(out) as ratings:
+        _with_models(
+            run,
+            lambda pool: stages.judge_into(
+                episodes,
+                ratings,
+                COMPLETED,
+                pool.get(e.judge_model),
+                config=e.judge,
+                limit=e.concurrency,
+                watch=run.watch,
+            ),
+        )
+
+
+def rated(e: Experiment, inputs: Inputs) -> Iterator[tuple[Episode, Rating]]:
+    """Training episodes with their rating; one that could not be judged is left out (its failure is stored)."""
+    with _store(inputs["simulate"]) as episodes, _store(inputs["judge"]) as ratings:
+        for episode in episodes.episodes(COMPLETED):
+            for rating in ratings.ratings(episode.id, judge=e.judge_model):
+                yield episode, rating
+
+
+def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    with _store(inputs["judge"]) as ratings:
+        total = len(ratings.rated_ids(e.judge_model))
+    with _store(out) as store:
+        _with_models(
+            run,
+            lambda pool: stages.annotate_into(
+                rated(e, inputs),
+                store,
+                pool.get(e.annotator_model) if METHODS[e.annotate.method].asks else None,
+                total=total,
+                config=e.annotate,
+                limit=e.concurrency,
+                watch=run.watch,
+            ),
+        )
+
+
+def reward(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    if e.reward.granularity == "episode":
+        stages.reward_into(lambda: (Credited(*pair) for pair in rated(e, inputs)), out, e.reward)
+        return
+    annotator = e.annotator_model if METHODS[e.annotate.method].asks else COMPUTED
+    with _store(inputs["annotate"]) as store:
+        stages.reward_into(
+            lambda: stages.credited(rated(e, inputs), store, config=e.annotate, annotator=annotator), out, e.reward
+        )
+
+
+def clone(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    left_out = stages.cloning_rows_into(lambda: rated(e, inputs), out / "sft.jsonl", e.cloning)
+    write_text(out / "left_out.json", json.dumps(left_out, indent=1))
+
+
+def rows(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    rewards = stages.read_rewards(inputs["reward"] / "rewards.jsonl")
+    stages.reward_rows_into(rated(e, inputs), rewards, out / "reward.jsonl")
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+# torch is imported by the steps that need it, so that the rest of an experiment runs without it
+
+
+def base(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    from sotopia_rl.llm.open import resolve_model_folder  # noqa: PLC0415
+    from sotopia_rl.train.tiny import train_base  # noqa: PLC0415
+
+    if e.base.path is None:
+        text = out / "text.jsonl"
+        with _store(inputs["simulate"]) as episodes:
+            write_rows((row for episode in episodes.episodes(COMPLETED) for row in sft_rows(episode)), text)
+        model = train_base(text, e.base.tiny, out / "run", resume=True, progress=_steps(run, "base"))
+    else:
+        model = resolve_model_folder(e.base.path)
+    write_text(out / "model.json", json.dumps({"path": str(model.resolve())}))
+
+
+def base_folder(inputs: Inputs) -> Path:
+    """Where the base model lies."""
+    return Path(json.loads(read_text(inputs["base"] / "model.json"))["path"])
+
+
+def sft(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    from sotopia_rl.train.sft import train_sft  # noqa: PLC0415
+
+    train_sft(inputs["clone"] / "sft.jsonl", base_folder(inputs), e.sft, out, resume=True, progress=_steps(run, "sft"))
+
+
+def rm(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    from sotopia_rl.train.reward_model import train_reward_model  # noqa: PLC0415
+
+    train_reward_model(inputs["rows"] / "reward.jsonl", base_folder(inputs), e.rm, out, resume=True, progress=_steps(run, "rm"))
+
+
+def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    from sotopia_rl.train.grpo import train_grpo  # noqa: PLC0415
+
+    train_grpo(
+        inputs["rows"] / "reward.jsonl",
+        base_folder(inputs),
+        inputs["sft"] / "adapter",
+        inputs["rm"] / "adapter",
+        e.grpo,
+        out,
+        resume=True,
+        progress=_steps(run, "grpo"),
+    )
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    manifest = load_manifest(inputs["world"] / "held_out.json")
+    model = f"local/{base_folder(inputs)}"
+    if "adapter" in inputs:
+        model += f":{(inputs['adapter'] / 'adapter').resolve()}"
+    panel = e.evaluate
+    partners = [
+        AgentSpec(model=name, sampling=Sampling(temperature=e.cast.temperature, max_tokens=e.cast.max_tokens))
+        for name in panel.partners
+    ]
+    systems = stages.system_specs(
+        model, temperature=panel.temperature, greedy=panel.greedy, max_tokens=panel.max_tokens
+    )
+    pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, partners)]
+
+    async def played_and_judged(pool: ModelPool) -> None:
+        await stages.simulate_into(store, pairings, pool.get, tag="held-out", config=e.simulate, watch=run.watch)
+        await stages.judge_into(
+            store,
+            store,
+            COMPLETED,
+            pool.get(e.judge_model),
+            config=e.judge,
+            limit=e.concurrency,
+            watch=run.watch,
+        )
+
+    with _store(out) as store:
+        _with_models(run, played_and_judged)
+
+
+def compare(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    manifest = load_manifest(inputs["world"] / "held_out.json")
+    arms = list(e.arms)
+    pairs = [("sft", "base"), *((arm, "sft") for arm in arms), *((arms[0], arm) for arm in arms[1:])]
+    played = []
+    for system in ("base", "sft", *arms):
+        with _store(inputs[system]) as store:
+            played.append(stages.load_played(system, manifest, store, e.judge_model))
+    results = evaluate(
+        played, pairs, partners=e.evaluate.partners, seeds={"experiment": e.seed}, notes=e.notes
+    )
+    results.save(out / "results.json")
