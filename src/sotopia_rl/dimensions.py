@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -101,6 +102,11 @@ def _closed(properties: JsonSchema) -> JsonSchema:
 
 def schema_text(dimensions: Sequence[Dimension], form: ReplyForm) -> str:
     """The schema as it stands in a judge's prompt; the published forms equal SOTOPIA's own, byte for byte."""
+    return _schema_text(tuple(dimensions), form)
+
+
+@lru_cache(maxsize=64)
+def _schema_text(dimensions: tuple[Dimension, ...], form: ReplyForm) -> str:
     builders = {"0.1.0rc5": _rc5_schema, "0.1.4": _two_agents_schema, "0.1.5": _agents_schema}
     schema = judge_schema(dimensions, describe=True) if form == "default" else builders[form](dimensions)
     return json.dumps(schema)
