@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -408,3 +409,11 @@ def test_an_unfinished_conversation_among_many_is_the_callers_mistake():
     broken = episode(1, status="agent_failed", failure=Failure(kind="timeout", message="x", turn=1))
     with pytest.raises(DataError, match=broken.id):
         asyncio.run(collected(judge_all([episode(), broken], Says([GOOD]), JudgeConfig())))
+
+
+def test_the_documented_file_of_dimensions_loads(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "prompts.md"
+    example = page.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    path = tmp_path / "my.yaml"
+    path.write_text(example)
+    assert [d.name for d in load_dimensions(path)] == ["humour"]
