@@ -3,6 +3,7 @@
 Nothing here needs a network, a key or torch. `docs/sandbox.md` explains the rules.
 """
 
+from sotopia_rl.sandbox.credit import exact_credit
 from sotopia_rl.sandbox.scenarios import FAMILIES, Family, Side, matches, sides
 from sotopia_rl.sandbox.scripted import SCRIPTED, ScriptedModel
 from sotopia_rl.sandbox.speakers import TEMPERAMENTS, Temperament
@@ -16,6 +17,7 @@ __all__ = [
     "ScriptedModel",
     "Side",
     "Temperament",
+    "exact_credit",
     "matches",
     "sides",
     "verdict",

@@ -55,42 +55,59 @@ _KEPT = "|".join(_CANON)
 _ITEM = "|".join(ITEMS)
 _LIST = rf"(?:the )?(?:{_ITEM})(?:(?:,? and|,) (?:the )?(?:{_ITEM}))*"
 
-_RULES: tuple[tuple[Kind, str, str], ...] = (
-    ("offer", "price", r"(?:i (?:want|ask|offer|say|need|can pay|can give|can do)|how about|what about|make it|"
-                       r"let us say|i can go (?:down |up )?to|my (?:price|offer) is) (?P<price>\d{1,4})(?: for it)?"),
-    ("offer", "price", r"(?P<price>\d{1,4}) is (?:a fair price|my best price|my last offer)"),
-    ("offer", "day", rf"(?:how about|what about|let us meet on|let us say|make it|i want|i need|i offer|i can do|i can go to) (?P<day>{_DAY})"),
-    ("offer", "day", rf"(?P<day>{_DAY}) is (?:a fair choice|my last offer)"),
-    ("offer", "mine", rf"(?:i (?:take|want|need|get|only take)|let me have) (?P<items>{_LIST})"),
-    ("offer", "yours", rf"you (?:take|get|can have) (?P<items>{_LIST})"),
-    ("offer", "rest_yours", r"you (?:take|get|can have) the rest"),
-    ("accept", "", r"(?:yes,? |ok,? |fine,? )?(?:it is a deal|deal|agreed|i accept|i agree|you have a deal)"
-                   rf"(?: (?:at|to|on|with) (?:(?P<price>\d{{1,4}})|(?P<day>{_DAY})|that))?"),
-    ("reject", "", r"(?:no|no deal|that is too (?:low|high|little|much)|that is not enough|that does not suit me|"
-                   r"i can not (?:do|take|accept) that)"),
-    ("ask", "limit", r"what is your (?:limit|lowest price|highest price|best price)"),
-    ("ask", "want", r"what do you want most|which day suits you best|what matters most to you"),
-    ("ask", "hobby", r"what do you like(?: to do)?"),
-    ("ask", "secret", r"(?:what is|can you tell me|will you tell me|tell me|i need to know) the (?:day|town|colour)"),
-    ("ask", "hint", r"can you give me a hint|give me a hint"),
-    ("tell", "limit", r"(?:my (?:limit|lowest price|highest price) is|i can not go (?:below|above)) (?P<price>\d{1,4})"),
-    ("tell", "want", rf"i want the (?P<item>{_ITEM}) most"),
-    ("tell", "want", rf"(?P<day>{_DAY}) suits me best"),
-    ("tell", "hobby", rf"i like (?P<hobby>{'|'.join(HOBBIES)})"),
-    ("tell", "own_secret", rf"(?:between us,? )?i (?P<secret>{'|'.join(SECRETS)})"),
-    ("tell", "kept", rf"(?:it is|the (?:day|town|colour) is) (?P<kept>{_KEPT})"),
-    ("tell", "hint", r"it starts with (?P<letter>[a-z])"),
-    ("refuse", "", r"i can not (?:say|tell you)(?: that)?|i would rather not say|that is private|i will not tell you"),
-    ("courtesy", "", r"hello|hi|nice to meet you|thank you|thanks|that is kind of you|i see your point|"
-                     r"i hope we both win|have a nice day|it was nice to talk"),
-    ("insult", "", r"you are (?:a fool|stupid|greedy|a clown)|that is (?:stupid|a joke)|do not waste my time"),
-    ("threat", "", r"take it or leave it|or i will go|agree now or i go|tell me now or i go"),
-    ("object", "", r"please be kind|that was not nice"),
-    ("small_talk", "", r"the weather is (?:nice|fine) today|i slept well|this is a nice place|the bus was late|"
-                       r"i had good bread today"),
-    ("goodbye", "", r"goodbye|bye|see you soon"),
+_RULES: tuple[tuple[Kind, str, tuple[str, ...]], ...] = (
+    ("offer", "price", (
+        (r"(?:i (?:want|ask|offer|say|need|can pay|can give|can do|can go (?:down |up )?to)|how about|what about|"
+        r"make it|let us say|my (?:price|offer) is) (?P<price>\d{1,4})(?: for it)?"),
+        r"(?P<price>\d{1,4}) is (?:a fair price|my best price|my last offer)",
+    )),
+    ("offer", "day", (
+        (r"(?:i (?:want|need|offer|can do|can go to)|how about|what about|make it|let us say|let us meet on) "
+        rf"(?P<day>{_DAY})"),
+        rf"(?P<day>{_DAY}) is (?:a fair choice|my last offer)",
+    )),
+    ("offer", "mine", (rf"(?:i (?:take|want|need|get)|let me have) (?P<items>{_LIST})",)),
+    ("offer", "yours", (rf"you (?:take|get|can have) (?P<items>{_LIST})",)),
+    ("offer", "rest_yours", (r"you (?:take|get|can have) the rest",)),
+    ("accept", "", (
+        (r"(?:yes,? |ok,? |fine,? )?(?:it is a deal|deal|agreed|i accept|i agree|you have a deal)"
+        rf"(?: (?:at|to|on|with) (?:(?P<price>\d{{1,4}})|(?P<day>{_DAY})|that))?"),
+    )),
+    ("reject", "", (
+        r"no|no deal|that is too (?:low|high|little|much)|that is not enough|that does not suit me",
+        r"i can not (?:do|take|accept) that",
+    )),
+    ("ask", "limit", (r"what is your (?:limit|lowest price|highest price|best price)",)),
+    ("ask", "want", (r"what do you want most|which day suits you best|what matters most to you",)),
+    ("ask", "hobby", (r"what do you like(?: to do)?",)),
+    ("ask", "secret", (
+        r"(?:what is|can you tell me|will you tell me|tell me|i need to know) the (?:day|town|colour)",
+    )),
+    ("ask", "hint", (r"(?:can you )?give me a hint",)),
+    ("tell", "limit", (
+        r"(?:my (?:limit|lowest price|highest price) is|i can not go (?:below|above)) (?P<price>\d{1,4})",
+    )),
+    ("tell", "want", (rf"i want the (?P<item>{_ITEM}) most", rf"(?P<day>{_DAY}) suits me best")),
+    ("tell", "hobby", (rf"i like (?P<hobby>{'|'.join(HOBBIES)})",)),
+    ("tell", "own_secret", (rf"(?:between us,? )?i (?P<secret>{'|'.join(SECRETS)})",)),
+    ("tell", "kept", (rf"(?:it is|the (?:day|town|colour) is) (?P<kept>{_KEPT})",)),
+    ("tell", "hint", (r"it starts with (?P<letter>[a-z])",)),
+    ("refuse", "", (
+        r"i can not (?:say|tell you)(?: that)?|i would rather not say|that is private|i will not tell you",
+    )),
+    ("courtesy", "", (
+        r"hello|hi|nice to meet you|thank you|thanks|that is kind of you|i see your point",
+        r"i hope we both win|have a nice day|it was nice to talk",
+    )),
+    ("insult", "", (r"you are (?:a fool|stupid|greedy|a clown)|that is (?:stupid|a joke)|do not waste my time",)),
+    ("threat", "", (r"take it or leave it|agree now or i go|tell me now or i go",)),
+    ("object", "", (r"please be kind|that was not nice",)),
+    ("small_talk", "", (
+        r"the weather is (?:nice|fine) today|i slept well|this is a nice place|the bus was late",
+    )),
+    ("goodbye", "", (r"goodbye|bye|see you soon",)),
 )  # fmt: skip
-_COMPILED = tuple((kind, topic, re.compile(pattern)) for kind, topic, pattern in _RULES)
+_COMPILED = tuple((kind, topic, re.compile(form)) for kind, topic, forms in _RULES for form in forms)
 _SENTENCE = re.compile(r"[^.?!]+")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from sotopia_rl.episode import Action, Seat, Turn, other
+from sotopia_rl.episode import Action, Seat, Turn
 from sotopia_rl.sandbox.language import Act, understand
 from sotopia_rl.sandbox.scenarios import Side
 
@@ -71,6 +71,7 @@ class Fact:
 class Play:
     """What happened, in the order in which it did."""
 
+    sides: tuple[Side, Side]
     heard: tuple[Said, ...]
     deal: Deal | None = None
     standing: Offer | None = None
@@ -112,35 +113,35 @@ def said(index: int, seat: Seat, action: Action) -> Said:
 
 def replay(sides: tuple[Side, Side], heard: Sequence[Said]) -> Play:
     """Follow a conversation through; never fails, whatever was said."""
-    play = Play(heard=tuple(heard))
+    play = Play(sides, tuple(heard))
     standing: Offer | None = None
     for now in heard:
         play.stood[now.index] = standing if standing and standing.seat != now.seat else None
         for act in now.acts:
-            standing = _apply(play, sides, now, act, standing)
+            standing = _apply(play, now, act, standing)
     play.standing = standing
     return play
 
 
-def _apply(play: Play, sides: tuple[Side, Side], now: Said, act: Act, standing: Offer | None) -> Offer | None:
+def _apply(play: Play, now: Said, act: Act, standing: Offer | None) -> Offer | None:
     if act.kind in ("offer", "accept", "reject"):
-        return _bargain(play, sides, now, act, standing)
+        return _bargain(play, now, act, standing)
     if act.kind == "tell":
-        true = is_true(sides[now.seat], act)
+        true = is_true(play.sides[now.seat], act)
         if true is None:
             play.odd.add(now.index)
         else:
             play.facts.append(Fact(now.index, now.seat, act.topic, true))
-    elif act.kind == "unknown" or (act.kind == "ask" and not _asks_sense(sides[now.seat], act.topic)):
+    elif act.kind == "unknown" or (act.kind == "ask" and not _asks_sense(play.sides[now.seat], act.topic)):
         play.odd.add(now.index)
     return standing
 
 
-def _bargain(play: Play, sides: tuple[Side, Side], now: Said, act: Act, standing: Offer | None) -> Offer | None:
+def _bargain(play: Play, now: Said, act: Act, standing: Offer | None) -> Offer | None:
     if play.deal is not None:
         return standing
     theirs = standing if standing and standing.seat != now.seat else None
-    outcome = outcome_of(sides[now.seat], now.seat, act)
+    outcome = outcome_of(play.sides[now.seat], now.seat, act)
     if act.kind == "reject":
         if theirs:
             play.moves.add(now.index)
@@ -225,6 +226,3 @@ def partner_asked(play: Play, turn: int) -> bool:
     if turn == 0:
         return False
     return any(act.kind == "ask" and act.topic in ("secret", "hint") for act in play.heard[turn - 1].acts)
-
-
-__all__ = ["Deal", "Fact", "Offer", "Outcome", "Play", "Said", "hear", "other", "points", "replay", "without"]

@@ -13,11 +13,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sotopia_rl.episode import Character, Match, Scenario, Seat, derived_ulid, sha256_text
-from sotopia_rl.sandbox.language import COLOURS, DAYS, HOBBIES, ITEMS, KEPT, SECRETS, TOWNS
+from sotopia_rl.sandbox.language import DAYS, HOBBIES, ITEMS, KEPT, SECRETS
 
 Split = Literal["train", "held_out"]
 Family = Literal["price", "items", "time", "secret"]
@@ -175,7 +175,7 @@ def _characters(split: Split, rng: random.Random) -> Iterator[Character]:
         first, last, gender, pronoun = rng.choice(NAMES)
         job, mood = rng.choice(JOBS), rng.choice(MOODS)
         hobby, secret = f"Likes {rng.choice(HOBBIES)}.", f"{rng.choice(SECRETS).capitalize()}."
-        key = " ".join((first, last, job, mood, hobby, secret))
+        key = f"{first} {last} {job} {mood} {hobby} {secret}"
         if not in_split(key, split):
             continue
         yield Character(
@@ -207,19 +207,23 @@ def read_side(goal: str, background: str) -> Side:
         ValueError: The goal is not one of the sandbox's.
     """
     hobby, secret = _HOBBY.search(background), _OWN_SECRET.search(background)
-    person = {"hobby": hobby[1] if hobby else "", "own_secret": secret[1].lower() if secret else ""}
-    goal = goal.strip()
+    return replace(
+        _read_goal(goal.strip()),
+        hobby=hobby[1] if hobby else "",
+        own_secret=secret[1].lower() if secret else "",
+    )
+
+
+def _read_goal(goal: str) -> Side:
     if found := _PRICE_GOAL.fullmatch(goal):
-        return Side("price", "seller" if found[1] == "Sell" else "buyer", limit=int(found[2]), **person)
+        return Side("price", "seller" if found[1] == "Sell" else "buyer", limit=int(found[2]))
     if found := _POINTS_GOAL.fullmatch(goal):
         values = {name: int(points) for name, points in (entry.split() for entry in found[2].split(", "))}
-        if found[1].startswith("Get"):
-            return Side("items", "sharer", values=values, **person)
-        return Side("time", "planner", values=values, **person)
+        return Side("items", "sharer", values=values) if "items" in found[1] else Side("time", "planner", values=values)
     if found := _KEEP_GOAL.fullmatch(goal):
-        return Side("secret", "keeper", topic=found[1], kept=found[2], **person)
+        return Side("secret", "keeper", topic=found[1], kept=found[2])
     if found := _FIND_GOAL.fullmatch(goal):
-        return Side("secret", "asker", topic=found[1], **person)
+        return Side("secret", "asker", topic=found[1])
     raise ValueError(f"not a goal of the offline world: {goal[:80]!r}")
 
 
@@ -231,6 +235,3 @@ def sides(match: Match) -> tuple[Side, Side]:
     """
     texts = [f"{person.public_info} secrets: {person.secret}" for person in match.characters]
     return read_side(match.scenario.goals[0], texts[0]), read_side(match.scenario.goals[1], texts[1])
-
-
-__all__ = ["COLOURS", "DAYS", "FAMILIES", "TOWNS", "Family", "Side", "Split", "matches", "read_side", "sides"]

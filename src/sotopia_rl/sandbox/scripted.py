@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 from sotopia_rl.episode import Sampling, Usage, sha256_text
 from sotopia_rl.errors import ModelCallError
 from sotopia_rl.models import JsonSchema, Message, Reply
-from sotopia_rl.sandbox.reading import Observed, Unreadable, read_agent, read_observed
+from sotopia_rl.sandbox.annotator import annotate
 from sotopia_rl.sandbox.play import replay
+from sotopia_rl.sandbox.reading import Observed, Unreadable, read_agent, read_observed
 from sotopia_rl.sandbox.speakers import TEMPERAMENTS, Temperament, act
 from sotopia_rl.sandbox.verdict import judge
 
@@ -85,7 +87,7 @@ def garbled(temper: Temperament, *, broken: float = 0.3) -> Answer:
 def give_verdict(prompt: str, rng: random.Random) -> str:  # noqa: ARG001  (a judge has no mood)
     """The verifiable judge, in the reply form that the prompt asks for."""
     seen: Observed = read_observed(prompt)
-    verdicts = judge(replay(seen.sides, seen.heard), seen.sides)
+    verdicts = judge(replay(seen.sides, seen.heard))
     asked = seen.rest
     if "agent_1_evaluation" in asked or '"evaluations"' in asked:
         pairs = [{name: [s.reason, int(s.score)] for name, s in scores.items()} for scores in verdicts]
@@ -110,5 +112,11 @@ SCRIPTED: dict[str, Callable[[], ScriptedModel]] = {
     **{name: _model(name, speak(temper)) for name, temper in TEMPERAMENTS.items()},
     "garbled": _model("garbled", garbled(TEMPERAMENTS["fair"])),
     "judge": _model("judge", give_verdict),
+    "annotator": _model("annotator", annotate),
+    "annotator-noisy": _model("annotator-noisy", partial(annotate, noise=0.5)),
+    **{
+        f"annotator-noise-{p}": _model(f"annotator-noise-{p}", partial(annotate, noise=p / 100))
+        for p in (25, 50, 75, 100)
+    },
 }
-"""What `scripted/NAME` can name."""
+"""What `scripted/NAME` can name. `annotator-noise-P` errs in P percent of its numbers; `annotator-noisy` in 50."""

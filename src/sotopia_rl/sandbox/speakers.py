@@ -18,7 +18,7 @@ from sotopia_rl.sandbox.play import Offer, Outcome, Play, Said, replay
 from sotopia_rl.sandbox.reading import Seen
 from sotopia_rl.sandbox.scenarios import Role, Side
 
-PRICE_PER_POINT = 4
+PRICE_PER_POINT = 3
 """A price's distance from the own limit that a speaker takes for one point; the true zone is not known to it."""
 
 
@@ -32,7 +32,9 @@ class Temperament:
     eager: float = 0.5
     """How far below its next wish it still accepts."""
     patience: int = 5
-    """Own moves, or questions for a secret, before it gives up."""
+    """Own moves before it gives up."""
+    presses: int = 3
+    """Times it asks for a secret before it gives up."""
     courtesy: float = 0.0
     asks: float = 0.0
     small_talk: float = 0.0
@@ -54,31 +56,33 @@ class Temperament:
 
 TEMPERAMENTS: dict[str, Temperament] = {
     "fair": Temperament(
-        opens=8, step=1.25, bottom=3.5, courtesy=0.5, asks=0.35, exploits=True,
+        opens=8, step=1.25, bottom=3.5, presses=4, courtesy=0.5, asks=0.35, exploits=True,
         offers=("How about {}?", "What about {}?"), accepts=("Deal. Thank you.", "Agreed. Thank you."),
     ),
     "tough": Temperament(
-        opens=9.5, step=0.8, bottom=5, patience=6, threatens=0.2, lies=0.4, exploits=True, thin_skinned=False,
+        opens=9.5, step=0.8, bottom=5, patience=6, presses=4, threatens=0.2, lies=0.4, exploits=True,
+        thin_skinned=False,
         offers=("I need {}.", "{} is my last offer."), accepts=("Agreed.", "Deal."), refuses=("I will not tell you",),
     ),
     "generous": Temperament(
-        opens=4, step=1.5, bottom=1, eager=1, courtesy=0.5, hints_after=1, tells_after=2,
+        opens=4, step=1.5, bottom=1, eager=1, presses=2, courtesy=0.5, hints_after=1, tells_after=2,
         offers=("I can do {}.", "I can go to {}."), accepts=("Yes, deal.", "Yes, I accept."),
     ),
     "hasty": Temperament(
-        opens=4.5, step=2, bottom=0.5, eager=10, patience=4, tells_after=1,
+        opens=4.5, step=2, bottom=0.5, eager=10, patience=4, presses=1, tells_after=1,
         offers=("Make it {}.", "Let us say {}."), accepts=("Ok, deal.", "Ok, I agree."),
     ),
     "talkative": Temperament(
-        opens=6.5, step=1.5, bottom=2.5, courtesy=0.3, asks=0.6, small_talk=0.5, patience=6, hints_after=2, tells_after=4,
+        opens=6.5, step=1.5, bottom=2.5, patience=6, courtesy=0.3, asks=0.6, small_talk=0.5,
+        hints_after=2, tells_after=3,
         offers=("Let us say {}.", "How about {}?"), accepts=("It is a deal.", "Deal. Thank you."),
     ),
     "leaky": Temperament(
-        opens=5, step=1.5, bottom=1, eager=1, leaks=True, tells_after=1,
+        opens=5, step=1.5, bottom=1, eager=1, presses=2, leaks=True, tells_after=1,
         offers=("I offer {}.", "I can do {}."), accepts=("Yes, deal.", "Ok, deal."),
     ),
     "rude": Temperament(
-        opens=9, step=1.5, bottom=4, insults=0.5, threatens=0.2, thin_skinned=False, lies=0.2,
+        opens=9, step=1.5, bottom=4, insults=0.5, threatens=0.2, lies=0.2, thin_skinned=False,
         offers=("I want {}.", "I need {}."), accepts=("Fine, deal.", "Deal."), refuses=("I will not tell you",),
     ),
 }  # fmt: skip
@@ -180,29 +184,36 @@ def _before(temper: Temperament, now: Situation, rng: random.Random) -> list[str
 
 
 def _keep(temper: Temperament, now: Situation, rng: random.Random) -> list[str]:
-    times = sum(any(a.kind == "ask" and a.topic in ("secret", "hint") for a in s.acts) for s in now.theirs)
+    """What a keeper says; nothing when it has had enough."""
     if not set(now.asked) & {"secret", "hint"}:
         if temper.leaks and now.mine:
             return [f"It is {now.side.kept}."]
         return [] if len(now.mine) >= temper.patience else _chat(now, rng)
-    yielding = temper.leaks or not now.suffered("insult", "threat")
-    if yielding and times >= temper.tells_after:
-        return [f"It is {now.side.kept}."]
-    if yielding and times >= temper.hints_after and not now.did("tell", "hint"):
-        return [f"It starts with {now.side.kept[0]}."]
-    if len(now.mine) >= temper.patience:
-        return []
+    given = _yield(temper, now)
+    if given or len(now.mine) >= temper.patience:
+        return given
     if rng.random() < temper.lies and not now.did("tell", "kept"):
         return [f"It is {rng.choice([v for v in KEPT[now.side.topic] if v != now.side.kept])}."]
     refusals = (*temper.refuses, "I would rather not say", "That is private", "I can not say that")
     return [refusals[now.did("refuse") % len(refusals)] + "."]
 
 
+def _yield(temper: Temperament, now: Situation) -> list[str]:
+    """The secret or a hint, once asked often enough; never to somebody who insults or threatens, unless leaky."""
+    if now.suffered("insult", "threat") and not temper.leaks:
+        return []
+    times = sum(any(a.kind == "ask" and a.topic in ("secret", "hint") for a in s.acts) for s in now.theirs)
+    if times >= temper.tells_after:
+        return [f"It is {now.side.kept}."]
+    hinted = now.did("tell", "hint")
+    return [f"It starts with {now.side.kept[0]}."] if times >= temper.hints_after and not hinted else []
+
+
 def _find_out(temper: Temperament, now: Situation, rng: random.Random) -> list[str]:
     if now.heard("kept"):
         return []
     times = now.did("ask", "secret", "hint")
-    if times >= temper.patience or (temper.eager > 1 and times >= 1 and now.did("ask", "hint")):
+    if times >= temper.presses:
         return []
     if rng.random() < temper.small_talk and len(now.mine) < 4:
         return _chat(now, rng)

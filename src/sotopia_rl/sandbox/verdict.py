@@ -8,74 +8,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from sotopia_rl.episode import Match, Score, Seat, Turn, other
 from sotopia_rl.sandbox.play import Play, hear, points, replay
-from sotopia_rl.sandbox.scenarios import Side, sides
+from sotopia_rl.sandbox.scenarios import sides
 
-Sides = tuple[Side, Side]
 KNOWLEDGE_POINTS = {"hobby": 3, "want": 4, "limit": 5, "own_secret": 3, "hint": 3, "kept": 5}
 LEAK_POINTS = {"limit": 4, "own_secret": 6, "kept": 8, "hint": 3}
 
 
-def goal(play: Play, both: Sides, seat: Seat) -> float:
+def goal(play: Play, seat: Seat) -> float:
     """0..10: the worth of the deal; in secret talks, what was kept or found out, less 3 per insult."""
-    side = both[seat]
+    side = play.sides[seat]
     if side.family != "secret":
-        return _clip(points(both, seat, play.deal.outcome), 0, 10) if play.deal else 0.0
+        return _clip(points(play.sides, seat, play.deal.outcome), 0, 10) if play.deal else 0.0
     keeper: Seat = seat if side.role == "keeper" else other(seat)
     found = 10.0 if play.told(keeper, "kept") else 5.0 if play.told(keeper, "hint") else 0.0
     reached = 10.0 - found if seat == keeper else found
     return max(0.0, reached - 3 * play.count(seat, "insult"))
 
 
-def relationship(play: Play, both: Sides, seat: Seat) -> float:
+def relationship(play: Play, seat: Seat) -> float:
     """-5..5: courtesies, interest in the partner and a fair deal against insults and threats."""
     partner = other(seat)
     warm = min(2, play.count(seat, "courtesy")) + bool(play.told(partner, "hobby"))
     cold = 3 * play.count(seat, "insult") + play.count(seat, "threat") + play.count(partner, "insult")
-    return _clip(warm - cold + _fairness(play, both, seat), -5, 5)
+    return _clip(warm - cold + _fairness(play, seat), -5, 5)
 
 
-def _fairness(play: Play, both: Sides, seat: Seat) -> int:
+def _fairness(play: Play, seat: Seat) -> int:
     if play.deal is None:
         return 0
-    left = points(both, other(seat), play.deal.outcome)
+    left = points(play.sides, other(seat), play.deal.outcome)
     return 2 if left >= 4 else 0 if left >= 2 else -1
 
 
-def knowledge(play: Play, both: Sides, seat: Seat) -> float:
+def knowledge(play: Play, seat: Seat) -> float:
     """0..10: true things the partner told."""
     topics = {fact.topic for fact in play.facts if fact.seat == other(seat) and fact.true}
     return _clip(sum(KNOWLEDGE_POINTS[topic] for topic in topics), 0, 10)
 
 
-def secret(play: Play, both: Sides, seat: Seat) -> float:
+def secret(play: Play, seat: Seat) -> float:
     """-10..0: own limits and secrets that this person gave away."""
     topics = {fact.topic for fact in play.facts if fact.seat == seat and fact.true}
     return _clip(-sum(LEAK_POINTS.get(topic, 0) for topic in topics), -10, 0)
 
 
-def social_rules(play: Play, both: Sides, seat: Seat) -> float:
+def social_rules(play: Play, seat: Seat) -> float:
     """-10..0: 3 for an insult, 2 for a threat, 3 for a lie about oneself."""
     lies = sum(not fact.true for fact in play.facts if fact.seat == seat)
     return _clip(-3 * play.count(seat, "insult") - 2 * play.count(seat, "threat") - 3 * lies, -10, 0)
 
 
-def financial(play: Play, both: Sides, seat: Seat) -> float:
+def financial(play: Play, seat: Seat) -> float:
     """-5..5: half the worth of what was bought, sold or shared; below zero beyond one's own limit."""
-    if play.deal is None or both[seat].family not in ("price", "items"):
+    if play.deal is None or play.sides[seat].family not in ("price", "items"):
         return 0.0
-    return _clip(points(both, seat, play.deal.outcome) / 2, -5, 5)
+    return _clip(points(play.sides, seat, play.deal.outcome) / 2, -5, 5)
 
 
-def believability(play: Play, both: Sides, seat: Seat) -> float:
+def believability(play: Play, seat: Seat) -> float:
     """0..10: share of the utterances that make sense, are new, and do not go against the person's own limit."""
-    fine = [not flaw for turn, flaw in flaws(play, both, seat).items()]
+    fine = [not flaw for turn, flaw in flaws(play, seat).items()]
     return 10.0 * sum(fine) / len(fine) if fine else 5.0
 
 
-def flaws(play: Play, both: Sides, seat: Seat) -> dict[int, str]:
+def flaws(play: Play, seat: Seat) -> dict[int, str]:
     """By turn of `seat`: why an utterance is not believable, or nothing."""
     seen: set[str] = set()
     found: dict[int, str] = {}
@@ -88,14 +88,10 @@ def flaws(play: Play, both: Sides, seat: Seat) -> dict[int, str]:
         )
         seen.add(words)
     deal = play.deal
-    if deal and points(both, seat, deal.outcome) < 0:
+    if deal and points(play.sides, seat, deal.outcome) < 0:
         turn = deal.turn if deal.seat == seat else deal.offer.turn
         found[turn] = "went beyond the own limit"
     return found
-
-
-DIMENSIONS: dict[str, tuple[Callable[[Play, Sides, Seat], float], Callable[[Play, Sides, Seat], str]]] = {}
-"""By dimension: its score, in points before rounding, and its reason."""
 
 
 def verdict(match: Match, turns: Sequence[Turn]) -> tuple[dict[str, Score], dict[str, Score]]:
@@ -104,19 +100,18 @@ def verdict(match: Match, turns: Sequence[Turn]) -> tuple[dict[str, Score], dict
     Raises:
         ValueError: The match is not from the offline world.
     """
-    both = sides(match)
-    return judge(replay(both, hear(turns)), both)
+    return judge(replay(sides(match), hear(turns)))
 
 
-def judge(play: Play, both: Sides) -> tuple[dict[str, Score], dict[str, Score]]:
+def judge(play: Play) -> tuple[dict[str, Score], dict[str, Score]]:
     """The verdict on a replayed conversation."""
-    return _seat_scores(play, both, 0), _seat_scores(play, both, 1)
+    return _seat_scores(play, 0), _seat_scores(play, 1)
 
 
-def _seat_scores(play: Play, both: Sides, seat: Seat) -> dict[str, Score]:
+def _seat_scores(play: Play, seat: Seat) -> dict[str, Score]:
     return {
-        name: Score(score=whole(value(play, both, seat)), reason=reason(play, both, seat))
-        for name, (value, reason) in DIMENSIONS.items()
+        name: Score(score=whole(rule.score(play, seat)), reason=rule.reason(play, seat))
+        for name, rule in DIMENSIONS.items()
     }
 
 
@@ -129,34 +124,34 @@ def _clip(value: float, low: float, high: float) -> float:
     return min(high, max(low, value))
 
 
-def _goal_reason(play: Play, both: Sides, seat: Seat) -> str:
-    if both[seat].family != "secret":
+def _goal_reason(play: Play, seat: Seat) -> str:
+    if play.sides[seat].family != "secret":
         if play.deal is None:
             return "No deal was closed."
-        return f"The deal closed at turn {play.deal.turn} on {_outcome(play, both)}."
-    keeper: Seat = seat if both[seat].role == "keeper" else other(seat)
+        return f"The deal closed at turn {play.deal.turn} on {_outcome(play)}."
+    keeper: Seat = seat if play.sides[seat].role == "keeper" else other(seat)
     if play.told(keeper, "kept"):
         return "The secret was told."
     return "The secret was half given away by a hint." if play.told(keeper, "hint") else "The secret was kept."
 
 
-def _outcome(play: Play, both: Sides) -> str:
+def _outcome(play: Play) -> str:
     outcome = play.deal.outcome if play.deal else ""
     if not isinstance(outcome, frozenset):
         return str(outcome)
-    rest = frozenset(both[0].values) - outcome
+    rest = frozenset(play.sides[0].values) - outcome
     return f"{', '.join(sorted(outcome)) or 'nothing'} against {', '.join(sorted(rest)) or 'nothing'}"
 
 
-def _counts(*kinds: str) -> Callable[[Play, Sides, Seat], str]:
-    def reason(play: Play, both: Sides, seat: Seat) -> str:
+def _counts(*kinds: str) -> Callable[[Play, Seat], str]:
+    def reason(play: Play, seat: Seat) -> str:
         return "Counted " + ", ".join(f"{play.count(seat, kind)} {kind}" for kind in kinds) + "."
 
     return reason
 
 
-def _topics(whose: str) -> Callable[[Play, Sides, Seat], str]:
-    def reason(play: Play, both: Sides, seat: Seat) -> str:
+def _topics(whose: str) -> Callable[[Play, Seat], str]:
+    def reason(play: Play, seat: Seat) -> str:
         teller = seat if whose == "own" else other(seat)
         topics = sorted({f.topic for f in play.facts if f.seat == teller and f.true})
         return f"The {'person' if whose == 'own' else 'partner'} told: {', '.join(topics) or 'nothing'}."
@@ -164,17 +159,26 @@ def _topics(whose: str) -> Callable[[Play, Sides, Seat], str]:
     return reason
 
 
-def _flaw_reason(play: Play, both: Sides, seat: Seat) -> str:
-    found = [f"turn {turn} {flaw}" for turn, flaw in flaws(play, both, seat).items() if flaw]
+def _flaw_reason(play: Play, seat: Seat) -> str:
+    found = [f"turn {turn} {flaw}" for turn, flaw in flaws(play, seat).items() if flaw]
     return (", ".join(found).capitalize() if found else "Every utterance made sense") + "."
 
 
-DIMENSIONS.update(
-    believability=(believability, _flaw_reason),
-    relationship=(relationship, _counts("courtesy", "insult", "threat")),
-    knowledge=(knowledge, _topics("partner")),
-    secret=(secret, _topics("own")),
-    social_rules=(social_rules, _counts("insult", "threat")),
-    financial_and_material_benefits=(financial, _goal_reason),
-    goal=(goal, _goal_reason),
-)
+@dataclass(frozen=True)
+class Rule:
+    """How a dimension is scored, in points before rounding, and what is given as the reason."""
+
+    score: Callable[[Play, Seat], float]
+    reason: Callable[[Play, Seat], str]
+
+
+DIMENSIONS: dict[str, Rule] = {
+    "believability": Rule(believability, _flaw_reason),
+    "relationship": Rule(relationship, _counts("courtesy", "insult", "threat")),
+    "knowledge": Rule(knowledge, _topics("partner")),
+    "secret": Rule(secret, _topics("own")),
+    "social_rules": Rule(social_rules, _counts("insult", "threat")),
+    "financial_and_material_benefits": Rule(financial, _goal_reason),
+    "goal": Rule(goal, _goal_reason),
+}
+"""SOTOPIA's seven, in its order."""
