@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from hypothesis import strategies as st
 
@@ -145,13 +146,13 @@ class Annotator:
         self.seeds: list[int | None] = []
         self.schemas: list[object] = []
 
-    async def __aenter__(self) -> Annotator:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         return None
 
-    async def complete(self, messages, sampling, *, seed=None, schema=None) -> Reply:
+    async def complete(self, messages, _sampling, *, seed=None, schema=None) -> Reply:
         self.prompts.append(messages[0].content)
         self.conversations.append([message.content for message in messages])
         self.seeds.append(seed)

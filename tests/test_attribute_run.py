@@ -29,6 +29,7 @@ from sotopia_rl.attribute.prompt import questions
 from sotopia_rl.dimensions import SOTOPIA_DIMENSIONS, Dimension
 from sotopia_rl.episode import Action, Attribution, Failure
 from sotopia_rl.errors import BudgetError, ModelCallError
+from sotopia_rl.sandbox import exact_credit, matches
 
 ALL_SEVEN = tuple(d.name for d in SOTOPIA_DIMENSIONS)
 ASKING = sorted(set(METHODS) - COMPUTED_METHODS)
@@ -139,7 +140,7 @@ def test_normalised_and_split_weights_sum_to_one(rated, seed, samples):
 @settings(max_examples=40, deadline=None)
 @given(rated=rated_episodes(min_turns=1), names=st.sampled_from(NAMES), text=st.sampled_from(AWKWARD))
 def test_neither_names_nor_texts_change_a_weight(rated, names, text):
-    episode, rating = rated
+    episode, _ = rated
     plain = [None if t.action.action_type == "none" else "Hello." for t in episode.turns]
     odd = [None if t is None else text for t in plain]
 
@@ -239,6 +240,18 @@ def test_one_sample_has_no_spread():
     assert {w.spread for a in found for w in a.weights} == {None}
 
 
+def test_exact_is_the_sandboxs_credit_and_fails_elsewhere():
+    match = matches("train", 1)[0]
+    item = FOUR.model_copy(update={"match": match})
+    config = AttributionConfig(method="exact", dimensions=("goal",))
+    found = by_place(run([(item, rating_of(item))], None, config))
+    assert found[0, "goal"].by_turn() == exact_credit(match, item.turns, 0, "goal")
+    assert found[0, "goal"].top_weight == 1
+    for _, outcome in run([(FOUR, rating_of(FOUR))], None, config):
+        assert isinstance(outcome, Failure)
+        assert outcome.kind == "bad_input"
+
+
 # --- custom dimensions, several dimensions -----------------------------------------------------------------------
 
 
@@ -299,7 +312,7 @@ BAD_REPLIES = [
 @pytest.mark.parametrize("bad", BAD_REPLIES)
 def test_a_bad_reply_is_asked_again_with_what_was_wrong(bad):
     good = json.dumps({"goal": {"0": 3, "2": 0, "4": 0, "6": 0}})
-    model = Annotator(lambda prompt, call: bad if call == 0 else good)
+    model = Annotator(lambda _prompt, call: bad if call == 0 else good)
     episode = episode_of(["a", None, "c", None, "e", None, "g", None])
     config = AttributionConfig(dimensions=("goal",))
     found = by_place(run([(episode, rating_of(episode))], model, config))

@@ -41,9 +41,10 @@ class Case:
 class Method:
     """How one method asks and weighs.
 
-    `asks` is the kind of question, None where no annotator is asked. `top` and `weigh` take the case (and the
-    answers, averaged over samples). `check` raises `UnusableReply` where an answer breaks a rule of the method
-    that no single number shows.
+    `asks` is the kind of question, None where no annotator is asked: the answers of `exact` are then
+    `sandbox.exact_credit`, those of the others zeros that only say which turns there are. `top` and `weigh` take
+    the case (and the answers). `check` raises `UnusableReply` where an answer breaks a rule of the method that no
+    single number shows.
     """
 
     name: MethodName
@@ -60,7 +61,7 @@ class Method:
     @property
     def needs_score(self) -> bool:
         """Whether the weights depend on the episode's score."""
-        return self.asks == "score" or self.name == "exact"
+        return self.asks == "score"
 
     def answer_range(self, dimension: Dimension, config: AttributionConfig) -> tuple[int, int]:
         """Least and greatest number that the annotator may give."""
@@ -115,11 +116,6 @@ def _without(answers: Weights, case: Case) -> Weights:
     return moved_points({turn: score - points for turn, points in answers.items()}, score)
 
 
-def _exact(answers: Weights, case: Case) -> Weights:
-    """`answers` are the computed contributions in points (`sandbox.exact_credit`)."""
-    return moved_points(answers, _score(case))
-
-
 def _score(case: Case) -> float:
     assert case.score is not None
     return case.score
@@ -166,6 +162,6 @@ METHODS: dict[str, Method] = {
         Method("response_only", "weight", _as_answered, _scale),
         Method("utterance_quality", "weight", _as_answered, _scale),
         Method("counterfactual", "score", _without, _whole_score),
-        Method("exact", None, _exact, _whole_score),
+        Method("exact", None, _as_answered, _one),
     )
 }

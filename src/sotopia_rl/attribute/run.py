@@ -24,6 +24,7 @@ from sotopia_rl.episode import (
 )
 from sotopia_rl.llm.structured import Answer, UnusableReply, ask
 from sotopia_rl.models import ChatModel
+from sotopia_rl.sandbox import exact_credit
 from sotopia_rl.work import bounded
 
 COMPUTED = "computed"
@@ -93,14 +94,22 @@ async def attribute(
         )
     cases = {name: Case(config.dimension(name), points.get(name), config) for name in item.dimensions}
     if method.asks is None or not item.episode.utterances(item.seat):
-        return _computed(item, method, cases, _answers_of_nobody(item, method, cases))
+        answers = _computed_answers(item, method)
+        return answers if isinstance(answers, Failure) else _computed(item, method, cases, answers)
     assert model is not None
     return await _asked(item, method, cases, model)
 
 
-def _answers_of_nobody(item: AttributionItem, _method: Method, cases: dict[str, Case]) -> dict[str, Weights]:
+def _computed_answers(item: AttributionItem, method: Method) -> dict[str, Weights] | Failure:
+    """What stands in for an annotator's answers where nobody is asked."""
     turns = [turn.index for turn in item.episode.utterances(item.seat)]
-    return {name: dict.fromkeys(turns, 0.0) for name in cases}
+    if method.name != "exact":
+        return {name: dict.fromkeys(turns, 0.0) for name in item.dimensions}
+    episode = item.episode
+    try:
+        return {name: exact_credit(episode.match, episode.turns, item.seat, name) for name in item.dimensions}
+    except ValueError as error:
+        return Failure(kind="bad_input", message=f"episode {episode.id} has no exact credit: {error}")
 
 
 def _computed(
