@@ -1,0 +1,201 @@
+"""From rows on disk to token ids, the same ids for SFT, reward model and GRPO. No torch here.
+
+A reply's ids are those of its text and one end-of-sequence token; a prompt's ids are the chat template's,
+up to where the reply begins. Nothing is ever rendered to text and tokenised a second time.
+
+A prompt that is too long loses its oldest turns and nothing else: the opening (persona, goal), the newest
+turns, the instructions and the reply stay. A cut is made only where a turn begins beyond doubt, that is at
+a `Turn #k: ` line start which occurs once in the prompt; an utterance that imitates such a line makes its
+turn no place to cut, so no fragment of a turn is ever left over.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from sotopia_rl.errors import DataError
+from sotopia_rl.models import Message
+
+T = TypeVar("T")
+
+
+class PromptLike(Protocol):
+    """What every kind of row has."""
+
+    @property
+    def prompt(self) -> Sequence[Message]: ...
+    @property
+    def episode_id(self) -> str: ...
+    @property
+    def turn(self) -> int: ...
+
+
+class ReplyLike(PromptLike, Protocol):
+    """A row with a reply."""
+
+    @property
+    def completion(self) -> Sequence[Message]: ...
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    eos_token_id: int
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as token ids.
+
+    Attributes:
+        messages: The prompt after truncation.
+        dropped_turns: How many turns the truncation took.
+        completion_ids: Empty for a row without a reply.
+    """
+
+    messages: tuple[Message, ...]
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    dropped_turns: int
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.completion_ids
+
+
+def prompt_token_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids a model is given before it replies."""
+    chat = [message.model_dump() for message in messages]
+    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def completion_token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a finished reply, its end-of-sequence token included."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def encode_rows(
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptLike],
+    *,
+    max_length: int,
+    reply: Callable[[Any], str] | None = None,
+) -> list[Encoded]:
+    """Turn rows into token ids of at most `max_length`, shortening histories where needed.
+
+    Args:
+        reply: The reply of a row; None for rows without one.
+
+    Raises:
+        DataError: Rows do not fit even without any history; the first is named, with its length.
+    """
+    encoded, misfits = [], []
+    for row in rows:
+        completion = [] if reply is None else completion_token_ids(tokenizer, reply(row))
+        fitted = fit(tokenizer, row, max_length - len(completion), completion)
+        if isinstance(fitted, int):
+            misfits.append((row, fitted + len(completion)))
+        else:
+            encoded.append(fitted)
+    if misfits:
+        row, length = misfits[0]
+        raise DataError(
+            f"{len(misfits)} of {len(rows)} rows do not fit into {max_length} tokens even without their history; "
+            f"the first is episode {row.episode_id}, turn {row.turn}, with {length}; raise the length limit"
+        )
+    return encoded
+
+
+def reply_text(row: ReplyLike) -> str:
+    """The text of a row's reply."""
+    return row.completion[0].content
+
+
+def fit(tokenizer: Tokenizer, row: PromptLike, limit: int, completion: list[int]) -> Encoded | int:
+    """The row with as much of its history as fits, or its shortest length where nothing fits."""
+    cuts = [0, *history_cuts(row.prompt[-1].content, row.turn)]
+    ids_at: dict[int, list[int]] = {}
+
+    def length(place: int) -> int:
+        ids_at[place] = prompt_token_ids(tokenizer, shortened(row.prompt, cuts, place))
+        return len(ids_at[place])
+
+    if length(0) <= limit:
+        return Encoded(tuple(row.prompt), ids_at[0], completion, 0)
+    low, high = 0, len(cuts) - 1
+    if high == 0 or length(high) > limit:
+        return min(len(ids) for ids in ids_at.values())
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if length(middle) <= limit else (middle, high)
+    return Encoded(tuple(shortened(row.prompt, cuts, high)), ids_at[high], completion, _turns_before(row, cuts[high]))
+
+
+def history_cuts(prompt: str, turn: int) -> list[int]:
+    """Places before which the history may be cut away, oldest first: turn starts, then its end.
+
+    Args:
+        prompt: A prompt at turn `turn`, as `observe.agent_prompt` renders it: an opening, one
+            `Turn #k: ` paragraph per turn, then `You are at Turn #...`.
+        turn: How many turns have been taken.
+    """
+    end = prompt.rfind(f"You are at Turn #{turn}")
+    if turn == 0 or end < 0:
+        return []
+    starts = [_only_line_start(prompt, f"Turn #{index}: ") for index in range(turn)]
+    if starts[0] is None:
+        return []
+    return [*(start for start in starts if start is not None), end]
+
+
+def _only_line_start(text: str, marker: str) -> int | None:
+    """Where a line of `text` starts with `marker`, if exactly one does."""
+    place = text.find("\n" + marker)
+    if place < 0 or text.find("\n" + marker, place + 1) >= 0:
+        return None
+    return place + 1
+
+
+def shortened(prompt: Sequence[Message], cuts: Sequence[int], place: int) -> list[Message]:
+    """The prompt without the history before `cuts[place]`; `place` 0 leaves it whole."""
+    if place == 0:
+        return list(prompt)
+    text = prompt[-1].content
+    return [*prompt[:-1], prompt[-1].model_copy(update={"content": text[: cuts[1]] + text[cuts[place] :]})]
+
+
+def _turns_before(row: PromptLike, cut: int) -> int:
+    text = row.prompt[-1].content[: cut + 1]
+    return sum(text.find(f"\nTurn #{index}: ") >= 0 for index in range(row.turn))
+
+
+def split_by_episode(
+    rows: Sequence[T], episode: Callable[[T], str], share: float, seed: int
+) -> tuple[list[T], list[T]]:
+    """Divide rows into training and held-out ones so that no episode stands on both sides.
+
+    The held-out side gets `share` of the episodes, at least one if `share` is above zero and there are two.
+    """
+    episodes = sorted({episode(row) for row in rows})
+    random.Random(seed).shuffle(episodes)
+    count = min(len(episodes) - 1, max(1, round(share * len(episodes)))) if share > 0 else 0
+    held_out = set(episodes[:count])
+    return [r for r in rows if episode(r) not in held_out], [r for r in rows if episode(r) in held_out]
+
+
+def length_report(encoded: Iterable[Encoded]) -> dict[str, int]:
+    """Counts for the record: rows, the longest one, rows that were shortened, turns left out."""
+    rows = list(encoded)
+    return {
+        "rows": len(rows),
+        "longest_tokens": max(len(row.ids) for row in rows),
+        "shortened_rows": sum(row.dropped_turns > 0 for row in rows),
+        "dropped_turns": sum(row.dropped_turns for row in rows),
+    }

@@ -1,0 +1,226 @@
+"""Loading of models and tokenizers, and the translation of our settings into trainer arguments."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from sotopia_rl.errors import ConfigError, DataError, MissingExtraError, TrainingError
+from sotopia_rl.train.config import AdapterSettings, TrainerSettings
+from sotopia_rl.train.folder import RunFolder
+
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+def device_of(settings: TrainerSettings) -> torch.device:
+    """Where to train.
+
+    Raises:
+        ConfigError: The settings want a GPU and there is none.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda, but torch sees no GPU; use device: auto or cpu")
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def dtype_of(settings: TrainerSettings) -> torch.dtype:
+    """What frozen weights are held in."""
+    if settings.dtype == "auto":
+        return torch.float32 if device_of(settings).type == "cpu" else torch.bfloat16
+    return torch.float32 if settings.dtype == "float32" else torch.bfloat16
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template and with a padding token of its own.
+
+    Where padding and end of sequence share a token, pooling at the last token that is no padding would
+    not see whether a reply ended; another special token that the chat template does not use takes over.
+
+    Raises:
+        DataError: The folder holds no tokenizer, or one without chat template or end token.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such model folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: holds no tokenizer ({_first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise DataError(f"{folder}: the tokenizer has no chat template")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = _unused_special_token(tokenizer)
+    return tokenizer
+
+
+def _unused_special_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    used = (tokenizer.eos_token, tokenizer.bos_token)
+    free = [
+        str(token)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and str(token) not in used and str(token) not in str(tokenizer.chat_template)
+    ]
+    if not free:
+        return "<|pad|>"  # a new token; `load_base` makes room for it
+    return next((token for token in free if "pad" in token or "endoftext" in token), free[0])
+
+
+def load_base(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainerSettings,
+    *,
+    model_class: Any = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The base model, agreed with its tokenizer on padding.
+
+    Args:
+        model_class: A transformers auto class; the causal language model by default.
+        options: Handed to its `from_pretrained`.
+
+    Raises:
+        DataError: The folder is missing or holds no model.
+        ConfigError: The settings want a GPU and there is none.
+        MissingExtraError: They want four bits and bitsandbytes is not installed.
+    """
+    if getattr(settings, "quantise", "none") == "nf4":
+        options["quantization_config"] = _nf4(dtype_of(settings))
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no model folder (it has no config.json)")
+    loader = model_class or AutoModelForCausalLM
+    try:
+        model = loader.from_pretrained(
+            folder, dtype=dtype_of(settings), local_files_only=True, device_map=device_of(settings), **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _nf4(compute_dtype: torch.dtype) -> Any:
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "qlora")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def lora_config(settings: AdapterSettings, task_type: str) -> LoraConfig:
+    """The adapter that the settings describe."""
+    return LoraConfig(
+        task_type=task_type,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_targets) or "all-linear",
+    )
+
+
+def trainer_arguments(settings: TrainerSettings, run: RunFolder, *, evaluate: bool) -> dict[str, Any]:
+    """Keyword arguments that every trainer's config takes.
+
+    Logging, saving and progress are done by `callbacks.py`. A step is logged each time, so that nothing
+    logged hangs on steps before a checkpoint.
+    """
+    on_cpu = device_of(settings).type == "cpu"
+    evaluation = {"eval_strategy": "steps", "eval_steps": getattr(settings, "eval_every", 0)} if evaluate else {}
+    return {
+        "output_dir": str(run.checkpoints),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": round(settings.warmup_share * settings.max_steps),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size * (2 if evaluate else 1),
+        "gradient_accumulation_steps": getattr(settings, "accumulation", 1),
+        "activation_checkpointing": getattr(settings, "gradient_checkpointing", False),
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu and dtype_of(settings) is torch.bfloat16,
+        "fp16": False,
+        "dataloader_pin_memory": not on_cpu,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "push_to_hub": False,
+        **evaluation,
+    }
+
+
+@contextmanager
+def training_session(run: RunFolder) -> Iterator[None]:
+    """Keep the libraries' own bars and known noise out, and say what to do when disk or memory is full.
+
+    Raises:
+        TrainingError: Instead of the libraries' own errors for these two; nothing saved so far is lost.
+    """
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 for a property by its old name.
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the GPU is out of memory; lower batch_size (raise accumulation), lower the length limits, "
+            "or set gradient_checkpointing: true or quantise: nf4; then resume"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise TrainingError(f"{run.path}: the disk is full; make room and resume") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return True
+        if any(hint in str(error) for hint in ("No space left", "File too large", "file write failed")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,100 @@
+"""Supervised fine-tuning: TRL's SFTTrainer over rows that are tokenised and shortened here.
+
+The loss is on the reply only, its end token included. The adapter is named `default`, because TRL's GRPO
+looks for that name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from sotopia_rl.dataset import SFTRow, read_rows
+from sotopia_rl.train.batches import language_rows
+from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
+from sotopia_rl.train.config import SFTSettings
+from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
+from sotopia_rl.train.folder import RunFolder, claim, fingerprint
+from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments, training_session
+
+METRIC_NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped here
+    """SFTTrainer without the model card in every checkpoint."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Cards are written once, beside the result."""
+
+
+def train_sft(
+    rows: Path, base: Path, settings: SFTSettings, out: Path, *, resume: bool = True, progress: Progress | None = None
+) -> Path:
+    """Fine-tune `base` on `rows`.
+
+    Args:
+        rows: JSONL of `SFTRow`.
+        base: Model folder.
+        out: Run folder.
+
+    Returns:
+        `out/adapter`, or `out/model` after full fine-tuning.
+
+    Raises:
+        DataError: Rows or base cannot be read, or rows do not fit `max_length`.
+        ConfigError: The folder holds a run with other settings, or the device is missing.
+        TrainingError: The disk or the memory is full.
+    """
+    run = claim(out, "sft", settings, {"rows": fingerprint(rows), "base": fingerprint(base)}, resume=resume)
+    name = "model" if settings.tuning == "full" else "adapter"
+    if run.finished:
+        return run.path / name
+    with training_session(run):
+        tokenizer = load_tokenizer(base)
+        data = list(read_rows(SFTRow, rows))
+        training, held_out = split_by_episode(data, lambda row: row.episode_id, settings.held_out_share, settings.seed)
+        train_rows = encode_rows(tokenizer, training, max_length=settings.max_length, reply=reply_text)
+        eval_rows = encode_rows(tokenizer, held_out, max_length=settings.max_length, reply=reply_text)
+        set_seed(settings.seed)
+        model = load_base(base, tokenizer, settings)
+        trainer = _make_trainer(model, tokenizer, settings, run, train_rows=train_rows, eval_rows=eval_rows)
+        watch = KeepBest(run, trainer.model.save_pretrained, patience=settings.patience)
+        train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), *([watch] if eval_rows else [])])
+        use_best = settings.keep == "best" and bool(eval_rows)
+        target = write_result(run, name, trainer.model.save_pretrained, tokenizer, use_best=use_best)
+    run.finish(
+        {
+            "result": name,
+            "steps": trainer.state.global_step,
+            "best_step": best_step(run),
+            "data": length_report([*train_rows, *eval_rows]),
+            "held_out_rows": len(eval_rows),
+        }
+    )
+    return target
+
+
+def _make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SFTSettings,
+    run: RunFolder,
+    *,
+    train_rows: list[Encoded],
+    eval_rows: list[Encoded],
+) -> SFTTrainer:
+    return _Trainer(
+        model=model,
+        args=SFTConfig(
+            **trainer_arguments(settings, run, evaluate=bool(eval_rows)),
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=language_rows(train_rows, loss_on="reply"),
+        eval_dataset=language_rows(eval_rows, loss_on="reply") if eval_rows else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(settings, "CAUSAL_LM") if settings.tuning == "lora" else None,
+    )
