@@ -1,4 +1,7 @@
-"""What the command line shows a person: progress, conversations, summaries. Results go to stdout, the rest to stderr."""
+"""What the command line shows a person: progress, conversations, summaries.
+
+Results go to stdout, the rest to stderr.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +86,7 @@ def timed() -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-def show_episode(
-    episode: Episode, ratings: list[Rating], rewards: dict[int, UtteranceReward] | None = None
-) -> Group:
+def show_episode(episode: Episode, ratings: list[Rating], rewards: dict[int, UtteranceReward] | None = None) -> Group:
     """A conversation as a person would read it: who they are, what each wants, what was said, what it earned."""
     scenario = episode.match.scenario
     head = Text(scenario.description.strip(), style="italic")

@@ -26,6 +26,7 @@ from sotopia_rl.files import write_text
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.reward import RewardConfig
+from sotopia_rl.sandbox import Family
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings, TinyModelSettings
 
@@ -35,7 +36,7 @@ class WorldConfig(Config):
 
     source: Literal["sandbox", "profiles"] = Field(default="sandbox")
     """`sandbox`: the offline world. `profiles`: published SOTOPIA profiles."""
-    families: tuple[str, ...] = Field(default=())
+    families: tuple[Family, ...] = Field(default=())
     """Scenario families of the offline world; empty means all."""
     profiles: Path | None = Field(default=None)
     """Folder with the published SOTOPIA profiles."""
@@ -202,10 +203,15 @@ def is_done(stage: Stage, root: Path) -> bool:
     return (stage.folder(root) / DONE).is_file()
 
 
-def run_stage(stage: Stage, root: Path, *, resume: bool = True) -> bool:
-    """Run a stage whose inputs have finished, unless it has finished itself; whether there was work."""
+def run_stage(stage: Stage, root: Path, *, resume: bool = True, again: bool = False) -> bool:
+    """Run a stage whose inputs have finished, unless it has finished itself; whether there was work.
+
+    Args:
+        resume: Keep what an interrupted call left; otherwise start the stage from nothing.
+        again: Run it although it has finished.
+    """
     folder = stage.folder(root)
-    if is_done(stage, root):
+    if is_done(stage, root) and not again:
         return False
     if not resume and folder.exists():
         shutil.rmtree(folder)

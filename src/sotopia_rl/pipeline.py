@@ -55,13 +55,18 @@ class _Builder:
         self.e = experiment
         self.run = run
         self.graph = Graph()
-        self.judging = {"judge_model": experiment.judge_model, "judge": _dump(experiment.judge)}
+        self.judging = {"judge_model": experiment.judge_model, "judge": experiment.judge.key()}
         self._data()
         self._models()
         self._evaluation()
 
     def _add(
-        self, name: str, step: Step, settings: Mapping[str, Any], inputs: Mapping[str, Stage], arm: Experiment | None = None
+        self,
+        name: str,
+        step: Step,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Stage],
+        arm: Experiment | None = None,
     ) -> Stage:
         """The stage, or the equal one that another arm has added."""
         stage = Stage(name, settings, inputs, partial(step, self.run, arm or self.e))
@@ -78,7 +83,9 @@ class _Builder:
     def _models(self) -> None:
         e = self.e
         clone = self._add("clone", steps.clone, _dump(e.cloning), self.rated)
-        self.base = self._add("base", steps.base, _dump(e.base), {"simulate": self.rated["simulate"]} if e.base.path is None else {})
+        self.base = self._add(
+            "base", steps.base, _dump(e.base), {"simulate": self.rated["simulate"]} if e.base.path is None else {}
+        )
         sft = self._add("sft", steps.sft, _dump(e.sft), {"clone": clone, "base": self.base})
         self.graph.systems.update({"base": None, "sft": sft})
         for name in e.arms:

@@ -16,11 +16,23 @@ from pydantic import ValidationError
 
 from sotopia_rl.attribute import AttributionConfig, AttributionKey, annotator_name, attribute_all
 from sotopia_rl.dataset import CloningFilter, Judged, reward_rows, select_for_cloning, sft_rows, write_rows
-from sotopia_rl.episode import AgentSpec, Episode, Failure, Match, Rating, Sampling, Usage, UtteranceReward
+from sotopia_rl.episode import (
+    AgentSpec,
+    Attribution,
+    Episode,
+    Failure,
+    Match,
+    Rating,
+    Sampling,
+    Usage,
+    UtteranceReward,
+    other,
+)
 from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate import Played
 from sotopia_rl.files import read_text, write_lines, write_text
 from sotopia_rl.judge import JudgeConfig, judge_all
+from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest
 from sotopia_rl.models import ChatModel
 from sotopia_rl.reward import Credited, Normaliser, RewardConfig, fit_normaliser, utterance_rewards
@@ -118,9 +130,14 @@ async def judge_into(
     config: JudgeConfig,
     limit: int,
     watch: Watch,
+    again: bool = False,
 ) -> Tally:
-    """Rate the completed episodes that `target` holds no rating by this judge of; failures go beside them."""
-    rated = target.rated_ids(judge.name)
+    """Rate the episodes that `target` holds no rating of by this judge; failures go beside the ratings.
+
+    Args:
+        again: Rate them all, whatever is there.
+    """
+    rated = set() if again else target.rated_ids(judge.name)
     todo = [e for e in episodes.ids(query) if e not in rated]
     tally = Tally("judgements", total=len(todo), skipped=len(rated))
     watch(tally)
@@ -137,6 +154,33 @@ async def judge_into(
     return tally
 
 
+async def play_and_judge(
+    pool: ModelPool,
+    store: EpisodeStore,
+    pairings: Sequence[Pairing],
+    judge: str | None,
+    *,
+    tag: str,
+    simulate: SimulateConfig,
+    judging: JudgeConfig,
+    watch: Watch,
+    retry_failed: bool = False,
+) -> Tally:
+    """Play what the store lacks and, where a judge is given, rate what it has no rating of.
+
+    Every model string is opened first, so that a wrong one is found before the first match.
+    """
+    for name in {agent.model for pairing in pairings for agent in pairing.agents} | ({judge} if judge else set()):
+        pool.get(name)
+    tally = await simulate_into(
+        store, pairings, pool.get, tag=tag, config=simulate, watch=watch, retry_failed=retry_failed
+    )
+    if judge is not None:
+        query = EpisodeQuery(tag=tag, status="completed")
+        await judge_into(store, store, query, pool.get(judge), config=judging, limit=simulate.concurrency, watch=watch)
+    return tally
+
+
 async def annotate_into(
     rated: Iterable[tuple[Episode, Rating]],
     target: EpisodeStore,
@@ -146,14 +190,16 @@ async def annotate_into(
     config: AttributionConfig,
     limit: int,
     watch: Watch,
+    again: bool = False,
 ) -> Tally:
     """Attribute the scores of both agents of every rated episode, leaving out what `target` holds already.
 
     Args:
         total: Number of rated episodes, for the progress bar.
+        again: Leave nothing out.
     """
     name = annotator_name(annotator, config)
-    present = target.attributed(method=config.label, annotator=name)
+    present = set() if again else target.attributed(method=config.label, annotator=name)
     tally = Tally("attributions", total=2 * total)
     watch(tally)
 
@@ -175,21 +221,42 @@ async def annotate_into(
 
 
 def credited(
-    rated: Iterable[tuple[Episode, Rating]], attributions: EpisodeStore, *, config: AttributionConfig, annotator: str
+    rated: Iterable[tuple[Episode, Rating]], attributions: EpisodeStore, *, method: str, annotator: str | None
 ) -> Iterator[Credited]:
-    """Each rated episode with its attributions by one method and annotator."""
+    """Each rated episode with its attributions by one method and, where several annotated, one annotator.
+
+    An episode whose annotation failed has none and gets no rewards.
+    """
     for episode, rating in rated:
-        own = attributions.attributions(episode.id, method=config.label, annotator=annotator)
+        own = attributions.attributions(episode.id, method=method, annotator=annotator)
         yield Credited(episode, rating, tuple(own))
 
 
-def reward_into(data: Callable[[], Iterable[Credited]], folder: Path, config: RewardConfig) -> Normaliser:
-    """Fit the normaliser on `data` (read twice) and write `normaliser.json` and `rewards.jsonl` into `folder`."""
-    normaliser = fit_normaliser(data(), config)
+def reward_into(
+    data: Callable[[], Iterable[Credited]], folder: Path, config: RewardConfig, fitted: Path | None = None
+) -> Normaliser:
+    """Write `normaliser.json` and `rewards.jsonl` into `folder`.
+
+    Args:
+        data: Read twice, or once where a normaliser is given.
+        fitted: normaliser.json of earlier data, used unchanged.
+
+    Raises:
+        DataError: `fitted` is no normaliser, or there is nothing to fit on.
+    """
+    normaliser = fit_normaliser(data(), config) if fitted is None else read_normaliser(fitted)
     write_text(folder / "normaliser.json", normaliser.model_dump_json(indent=1))
     lines = (r.model_dump_json() + "\n" for item in data() for r in utterance_rewards(item, config, normaliser))
     write_lines(folder / "rewards.jsonl", lines)
     return normaliser
+
+
+def read_normaliser(path: Path) -> Normaliser:
+    """Raises DataError where the file holds none."""
+    try:
+        return Normaliser.model_validate_json(read_text(path))
+    except ValidationError as error:
+        raise DataError(f"{path}: not a normaliser ({error.errors()[0]['msg']})") from error
 
 
 def read_rewards(path: Path) -> dict[str, list[UtteranceReward]]:
@@ -248,3 +315,60 @@ def load_played(system: str, manifest: Manifest, store: EpisodeStore, judge: str
     failures = {item.partition("/")[0]: failure for _, item, failure in store.failures("judge")}
     ratings = {rating.episode_id: rating for rating in store.ratings(judge=judge)}
     return Played(system, manifest, list(store.episodes()), ratings, failures)
+
+
+RatedEpisode = tuple[Episode, Rating]
+
+
+def contrasting_pairs(before: EpisodeStore, after: EpisodeStore, judge: str, *, count: int) -> list[RatedEpisode]:
+    """Matches that two systems played, from the largest gain in goal score to the largest loss, evenly spread.
+
+    Returns:
+        For each of at most `count` matches the episode of `before`, then that of `after`. Greedy episodes where
+        both have them, since those show the policies without their noise.
+    """
+    old, new = _by_pair(before, judge), _by_pair(after, judge)
+    shared = sorted(old.keys() & new.keys())
+    greedy = [key for key in shared if key[-1] == 0.0]
+    ranked = sorted(greedy or shared, key=lambda key: (_goal(old[key]) - _goal(new[key]), key))
+    if not ranked or not count:
+        return []
+    places = {round(i * (len(ranked) - 1) / max(1, count - 1)) for i in range(count)}
+    return [episode for place in sorted(places) for episode in (old[ranked[place]], new[ranked[place]])]
+
+
+def _by_pair(store: EpisodeStore, judge: str) -> dict[tuple[str, str, float], RatedEpisode]:
+    """Rated episodes by match, partner and the tested system's temperature."""
+    found = {}
+    for episode, rating in store.rated(EpisodeQuery(status="completed"), judge=judge):
+        seat = episode.match.seat
+        key = (episode.match.id, episode.agents[other(seat)].model, episode.agents[seat].sampling.temperature)
+        found[key] = (episode, rating)
+    return found
+
+
+def _goal(rated: RatedEpisode) -> float:
+    episode, rating = rated
+    return rating.points(episode.match.seat).get("goal", 0.0)
+
+
+async def reward_shown(
+    rated: Sequence[RatedEpisode],
+    annotator: ChatModel | None,
+    *,
+    annotate: AttributionConfig,
+    reward: RewardConfig,
+    normaliser: Normaliser,
+    limit: int,
+) -> list[tuple[Episode, Rating, list[UtteranceReward]]]:
+    """Attribute and reward some episodes as the training data was; one that cannot be has no rewards."""
+    found: dict[str, list[Attribution]] = {episode.id: [] for episode, _ in rated}
+    if reward.granularity == "utterance":
+        async for item, outcome in attribute_all(rated, annotator, annotate, limit=limit):
+            if not isinstance(outcome, Failure):
+                found[item.episode.id] += outcome
+    shown = []
+    for episode, rating in rated:
+        credit = Credited(episode, rating, tuple(found[episode.id]))
+        shown.append((episode, rating, utterance_rewards(credit, reward, normaliser)))
+    return shown

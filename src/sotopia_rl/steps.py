@@ -11,13 +11,25 @@ import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from sotopia_rl import profiles, sandbox, stages
 from sotopia_rl.attribute import COMPUTED, METHODS
 from sotopia_rl.dataset import sft_rows, write_rows
-from sotopia_rl.episode import AgentSpec, Episode, Match, Rating, Sampling
+from sotopia_rl.episode import (
+    AgentSpec,
+    Episode,
+    EpisodeStatus,
+    Match,
+    Rating,
+    Sampling,
+    UtteranceReward,
+    canonical_json,
+    sha256_text,
+)
 from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate import evaluate
 from sotopia_rl.experiment import Experiment, WorldConfig
@@ -25,14 +37,19 @@ from sotopia_rl.files import read_text, write_text
 from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest
+from sotopia_rl.report import ReportInput, write_report
+from sotopia_rl.results import load_results
 from sotopia_rl.reward import Credited
 from sotopia_rl.stages import Watch
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
+from sotopia_rl.train.folder import read_metrics
 
 T = TypeVar("T")
 Inputs = Mapping[str, Path]
+"""Folders of a step's inputs, by the names that `pipeline.py` gives them."""
 
 COMPLETED = EpisodeQuery(status="completed")
+STATUSES: tuple[EpisodeStatus, ...] = get_args(EpisodeStatus)
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,9 @@ def reward(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     annotator = e.annotator_model if METHODS[e.annotate.method].asks else COMPUTED
     with _store(inputs["annotate"]) as store:
         stages.reward_into(
-            lambda: stages.credited(rated(e, inputs), store, config=e.annotate, annotator=annotator), out, e.reward
+            lambda: stages.credited(rated(e, inputs), store, method=e.annotate.label, annotator=annotator),
+            out,
+            e.reward,
         )
 
 
@@ -197,7 +216,9 @@ def sft(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 def rm(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     from sotopia_rl.train.reward_model import train_reward_model  # noqa: PLC0415
 
-    train_reward_model(inputs["rows"] / "reward.jsonl", base_folder(inputs), e.rm, out, resume=True, progress=_steps(run, "rm"))
+    train_reward_model(
+        inputs["rows"] / "reward.jsonl", base_folder(inputs), e.rm, out, resume=True, progress=_steps(run, "rm")
+    )
 
 
 def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -233,20 +254,20 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     )
     pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, partners)]
 
-    async def played_and_judged(pool: ModelPool) -> None:
-        await stages.simulate_into(store, pairings, pool.get, tag="held-out", config=e.simulate, watch=run.watch)
-        await stages.judge_into(
-            store,
-            store,
-            COMPLETED,
-            pool.get(e.judge_model),
-            config=e.judge,
-            limit=e.concurrency,
-            watch=run.watch,
-        )
-
     with _store(out) as store:
-        _with_models(run, played_and_judged)
+        _with_models(
+            run,
+            lambda pool: stages.play_and_judge(
+                pool,
+                store,
+                pairings,
+                e.judge_model,
+                tag="held-out",
+                simulate=e.simulate,
+                judging=e.judge,
+                watch=run.watch,
+            ),
+        )
 
 
 def compare(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -257,7 +278,70 @@ def compare(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     for system in ("base", "sft", *arms):
         with _store(inputs[system]) as store:
             played.append(stages.load_played(system, manifest, store, e.judge_model))
-    results = evaluate(
-        played, pairs, partners=e.evaluate.partners, seeds={"experiment": e.seed}, notes=e.notes
-    )
+    results = evaluate(played, pairs, partners=e.evaluate.partners, seeds={"experiment": e.seed}, notes=e.notes)
     results.save(out / "results.json")
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+
+
+def report(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    results = load_results(inputs["compare"] / "results.json")
+    runs = {name: folder for name, folder in inputs.items() if (folder / "metrics.jsonl").is_file()}
+    reports = {name: folder / "report.json" for name, folder in inputs.items() if name.startswith("rm ")}
+    page = ReportInput(
+        results=results,
+        title=e.name,
+        curves={name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()},
+        reward_models={name: json.loads(read_text(path)) for name, path in reports.items() if path.is_file()},
+        episodes=_shown_episodes(run, e, inputs),
+        provenance=_provenance(e, inputs),
+        notes=e.notes,
+    )
+    write_report(page, out)
+
+
+def _shown_episodes(run: Run, e: Experiment, inputs: Inputs) -> list[tuple[Episode, Rating, list[UtteranceReward]]]:
+    """Held-out matches played by SFT and by the first arm: the largest gain, the largest loss, and between them.
+
+    Their utterances are attributed and rewarded here as the training data was.
+    """
+    arm = next(iter(e.arms))
+    with _store(inputs["play sft"]) as before, _store(inputs[f"play {arm}"]) as after:
+        chosen = stages.contrasting_pairs(before, after, e.judge_model, count=e.evaluate.shown_episodes // 2)
+    normaliser = stages.read_normaliser(inputs[f"reward {arm}"] / "normaliser.json")
+    config = e.arm(arm)
+    asks = METHODS[config.annotate.method].asks
+
+    async def credit(pool: ModelPool) -> list[tuple[Episode, Rating, list[UtteranceReward]]]:
+        annotator = pool.get(config.annotator_model) if asks else None
+        return await stages.reward_shown(
+            chosen,
+            annotator,
+            annotate=config.annotate,
+            reward=config.reward,
+            normaliser=normaliser,
+            limit=e.concurrency,
+        )
+
+    return _with_models(run, credit)
+
+
+def _provenance(e: Experiment, inputs: Inputs) -> dict[str, object]:
+    """What a reader needs to make the same numbers again."""
+    with _store(inputs["simulate"]) as store:
+        training = {f"episodes {status}": store.count(EpisodeQuery(status=status)) for status in STATUSES}
+    with _store(inputs["judge"]) as store:
+        training |= {"judgements failed": sum(1 for _ in store.failures("judge"))}
+    return {
+        "seed": e.seed,
+        "judge": e.judge_model,
+        "annotator": f"{e.annotator_model}, method {e.annotate.label}",
+        "prompt profile": e.simulate.prompt_profile,
+        "base model": str(base_folder(inputs)),
+        "speakers": e.cast.speakers,
+        "partners": list(e.evaluate.partners),
+        "training data": {name: count for name, count in training.items() if count},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft") if find_spec(name)},
+        "experiment": sha256_text(canonical_json(e.model_dump(mode="json")))[:12],
+    }

@@ -11,7 +11,8 @@ import yaml
 from cyclopts.types import ExistingFile
 
 from sotopia_rl.console import bars, err, out, timed
-from sotopia_rl.experiment import Experiment, load_experiment, run_stage
+from sotopia_rl.errors import DataError
+from sotopia_rl.experiment import Experiment, is_done, load_experiment, run_stage
 from sotopia_rl.files import write_text
 
 RESULTS = ("results.json", "report.html", "report.md")
@@ -72,8 +73,12 @@ def quickstart(*, output: Path = Path("runs/quickstart"), seed: int | None = Non
     execute(loaded, output, resume=resume)
 
 
-def execute(experiment: Experiment, root: Path, *, resume: bool) -> None:
-    """Run every stage of an experiment that has not finished, then show what came out."""
+def execute(experiment: Experiment, root: Path, *, resume: bool, only_report: bool = False) -> None:
+    """Run every stage of an experiment that has not finished, then show what came out.
+
+    Raises:
+        DataError: `only_report`, and a stage before the report has not finished.
+    """
     from sotopia_rl.llm.limits import Budget
     from sotopia_rl.pipeline import build
     from sotopia_rl.report import results_table
@@ -86,7 +91,9 @@ def execute(experiment: Experiment, root: Path, *, resume: bool) -> None:
         graph = build(experiment, Run(watch, experiment.limits, Budget(experiment.limits.max_spend_usd)))
         for number, stage in enumerate(graph.stages.values(), start=1):
             with timed() as seconds:
-                worked = run_stage(stage, root, resume=resume)
+                if only_report and stage.name != "report" and not is_done(stage, root):
+                    raise DataError(f"{root}: stage {stage.name} has not finished; run the experiment first")
+                worked = run_stage(stage, root, resume=resume, again=only_report and stage.name == "report")
             done = f"{seconds[0]:6.1f} s" if worked else "finished"
             err.print(f"[dim]{number:>2}/{len(graph.stages)}[/] {stage.name:<9} {done}  [dim]{stage.folder(root)}[/]")
     report = list(graph.stages.values())[-1].folder(root)

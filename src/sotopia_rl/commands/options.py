@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from sotopia_rl import sandbox
 from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.console import detail, err
-from sotopia_rl.errors import SotopiaRLError
+from sotopia_rl.errors import ConfigError, SotopiaRLError
 from sotopia_rl.manifest import Manifest, load_manifest
+from sotopia_rl.profiles import benchmark_ids, load_profiles, matches
 from sotopia_rl.stages import Tally
 
 C = TypeVar("C", bound=Config)
@@ -30,15 +32,15 @@ def resolve(flags: C, file: Path | None) -> C:
 
 def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -> Manifest:
     """A manifest by name (`sandbox-train`, `sandbox-held-out`, `sotopia-hard`, `sotopia-all`) or from a file."""
-    from sotopia_rl import sandbox
-    from sotopia_rl.profiles import benchmark_manifest
-
     if name == "sandbox-train":
         return Manifest(name=name, matches=tuple(sandbox.matches("train", count, seed=seed)))
     if name == "sandbox-held-out":
         return Manifest(name=name, matches=tuple(sandbox.matches("held_out", count, seed=seed)))
     if name in ("sotopia-hard", "sotopia-all"):
-        return benchmark_manifest(name, profiles, seed=seed)
+        if profiles is None:
+            raise ConfigError(f"{name} is played in the published SOTOPIA profiles; give their folder with --profiles")
+        played = matches(load_profiles(profiles), benchmark_ids(name), seeds=(seed,))
+        return Manifest(name=name, matches=tuple(played))
     return load_manifest(Path(name))
 
 
