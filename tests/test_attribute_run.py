@@ -23,7 +23,7 @@ from attributed_episodes import (
     rating_of,
     weights_by,
 )
-from sotopia_rl.attribute import METHODS, AttributionConfig, AttributionItem, attribute_all
+from sotopia_rl.attribute import METHODS, AttributionConfig, AttributionItem, attribute_all, preview
 from sotopia_rl.attribute.config import COMPUTED_METHODS, SCALED, MethodName
 from sotopia_rl.attribute.prompt import questions
 from sotopia_rl.dimensions import SOTOPIA_DIMENSIONS, Dimension
@@ -506,3 +506,30 @@ def test_the_label_tells_apart_what_a_weight_means():
         AttributionConfig(method="scaled", discount=0.5).label,
     ]
     assert labels == ["direct", "direct-10", "direct-online", "direct-5-online", "uniform", "scaled-0.5"]
+
+
+# --- dry run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"together": False}, {"view": "online"}, {"samples": 3, "temperature": 1.0}])
+def test_a_preview_counts_the_calls_and_tokens_of_the_run(more):
+    items = [(e, rating_of(e)) for e in (episode_of(["x", "y", "z"], key=i) for i in range(3))]
+    config = AttributionConfig(**more)
+    model = weights_by(lambda _n, _t: 1)
+    found = attributions(run(items, model, config))
+    seen = preview(items, config, "openai/gpt-4o")
+    assert seen.calls == len(model.prompts)
+    assert seen.prompt in model.prompts
+    assert seen.prompt_tokens == pytest.approx(sum(a.provenance.usage.prompt_tokens for a in found), rel=0.01)
+    assert seen.completion_tokens == pytest.approx(sum(a.provenance.usage.completion_tokens for a in found), rel=0.2)
+    assert seen.cost_usd > 0
+    assert f"{seen.calls} calls" in str(seen)
+
+
+def test_a_preview_leaves_out_what_is_done_and_says_when_a_price_is_unknown():
+    items = [(FOUR, rating_of(FOUR))]
+    assert preview(items, AttributionConfig(), "custom/x@http://localhost:1/v1").cost_usd is None
+    assert preview(items, AttributionConfig(), "x", prices={"x": (1.0, 1.0)}).cost_usd > 0
+    nothing = preview(items, AttributionConfig(), "x", done=lambda _key: True)
+    assert (nothing.calls, nothing.items, nothing.prompt, nothing.cost_usd) == (0, 0, "", 0.0)
+    assert preview(items, AttributionConfig(method="uniform"), "computed").calls == 0
