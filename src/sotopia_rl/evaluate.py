@@ -21,6 +21,7 @@ from sotopia_rl.episode import Episode, Failure, Rating, Seat, other
 from sotopia_rl.errors import EvaluationError
 from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest
 from sotopia_rl.results import (
+    GUARDS,
     METRICS,
     SCORES,
     SETTINGS,
@@ -266,8 +267,11 @@ def compare(a: Cell, b: Cell, scenario_of: Mapping[str, str], *, config: Evaluat
         for metric in [*METRICS, *sorted(present - set(METRICS))]
         if (defined := [k for k in keys if metric in a.scored[k] and metric in b.scored[k]])
     ]
-    adjusted = holm([row.p_value for row in rows])
-    return [row.model_copy(update={"p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
+    families = [[r for r in rows if r.metric in GUARDS], [r for r in rows if r.metric not in GUARDS]]
+    adjusted = {
+        r.metric: p for family in families for r, p in zip(family, holm([f.p_value for f in family]), strict=True)
+    }
+    return [row.model_copy(update={"p_holm": adjusted[row.metric]}) for row in rows]
 
 
 def _counts(cell: Cell) -> str:

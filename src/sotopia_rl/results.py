@@ -31,9 +31,10 @@ class Metric(Record):
     """Shown beside the scores because judges reward it, or because a score can be bought with it."""
 
 
+_FIRST = ("goal", "relationship", "knowledge")
 SCORES: dict[str, Metric] = {
     d.name: Metric(label=d.name.replace("_", " ").capitalize(), low=d.low, high=d.high)
-    for d in sorted(SOTOPIA_DIMENSIONS, key=lambda d: d.name not in ("goal", "relationship", "knowledge"))
+    for d in sorted(SOTOPIA_DIMENSIONS, key=lambda d: _FIRST.index(d.name) if d.name in _FIRST else len(_FIRST))
 } | {
     "overall": Metric(
         label="Overall",
@@ -87,7 +88,7 @@ class Row(Record):
     p_value: float
     """Sign-flip permutation test over scenarios."""
     p_holm: float
-    """Adjusted for all metrics of this comparison and setting (Holm)."""
+    """Adjusted (Holm) for all scores, or all guards, of this comparison and setting."""
     detectable: float | None
     """The true difference that a comparison of this precision finds with the configured power."""
     worst: float | None

@@ -1,0 +1,10 @@
+"""The report: a page to read, the same in Markdown, and a table for the terminal. It computes nothing.
+
+`write.py` gathers what the page shows, `wording.py` puts numbers into sentences, `charts.py` draws,
+`page.html.jinja` with `page.css` and `page.js` is the page, `table.py` is for the terminal.
+"""
+
+from sotopia_rl.report.table import results_table
+from sotopia_rl.report.write import ReportInput, write_report
+
+__all__ = ["ReportInput", "results_table", "write_report"]

@@ -1,0 +1,295 @@
+"""Gathers what the page shows and writes `report.html` and `report.md`.
+
+The page is one file: style, script and charts are inside, nothing is fetched. Whatever comes from a
+model, a profile or a config is escaped; utterances may hold anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from sotopia_rl import __version__
+from sotopia_rl.episode import Episode, Rating, Seat, Turn, UtteranceReward
+from sotopia_rl.report import wording
+from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
+from sotopia_rl.report.reward_model import RewardModelView, reward_model_view
+from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, SystemSummary
+
+Curve = Sequence[Mapping[str, Any]]
+"""Lines of a `metrics.jsonl`: `step` and numbers."""
+
+MAX_POINTS = 300
+"""Points drawn per line; longer curves are thinned."""
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """Everything the report draws on.
+
+    Attributes:
+        curves: By training run, its metrics.
+        reward_models: By name, the content of its `report.json`.
+        episodes: Shown in full, each with its rating and the rewards of its utterances (which may be empty).
+        provenance: Models, prompts, seeds, commands: names to values or to mappings of them.
+        notes: Warnings printed on top.
+    """
+
+    results: Results
+    title: str = "Evaluation"
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    reward_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    episodes: Sequence[tuple[Episode, Rating, Sequence[UtteranceReward]]] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_report(report: ReportInput, out_dir: Path) -> Path:
+    """Write `report.html`, `report.md` and `results.json` into `out_dir`; the path of the page."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    page = _page(report)
+    (out_dir / "report.html").write_text(page, encoding="utf-8")
+    (out_dir / "report.md").write_text(_markdown(report), encoding="utf-8")
+    report.results.save(out_dir / "results.json")
+    return out_dir / "report.html"
+
+
+@dataclass(frozen=True)
+class MetricView:
+    """One metric of one comparison, in the settings it was played in."""
+
+    label: str
+    rows: Sequence[Row]
+    forest: Markup
+
+
+@dataclass(frozen=True)
+class ComparisonView:
+    """A table of the page."""
+
+    a: str
+    b: str
+    scores: Sequence[MetricView]
+    guards: Sequence[MetricView]
+    splits: Sequence[Decomposition]
+    failed: Sequence[Row]
+    """Headline rows with excluded pairs, for their bounds."""
+
+
+@dataclass(frozen=True)
+class TurnView:
+    """One turn as a speech bubble."""
+
+    turn: Turn
+    name: str
+    reward: UtteranceReward | None
+
+    @property
+    def tint(self) -> int:
+        """Percent of the full colour; rewards run from 0 to 10."""
+        return 0 if self.reward is None else round(min(10.0, max(0.0, self.reward.reward)) * 10)
+
+
+@dataclass(frozen=True)
+class EpisodeView:
+    """A conversation with who took part and how it was scored."""
+
+    episode: Episode
+    rating: Rating
+    turns: Sequence[TurnView]
+
+    @property
+    def seat(self) -> Seat:
+        return self.episode.match.seat
+
+    @property
+    def names(self) -> tuple[str, str]:
+        first, second = self.episode.match.characters
+        return first.name, second.name
+
+
+def comparison_views(results: Results) -> list[ComparisonView]:
+    """The tables of the page, one per comparison."""
+    views = []
+    for a, b in wording.comparisons(results):
+        metrics = list(dict.fromkeys(r.metric for r in results.rows if (r.system_a, r.system_b) == (a, b)))
+        rows = {metric: list(wording.rows_of(results, a, b, metric).values()) for metric in metrics}
+        guards = [m for m in metrics if m in METRICS and METRICS[m].guard]
+        scores = [m for m in metrics if m not in guards]
+        reach = _reach([row for m in scores for row in rows[m]])
+        splits = [d for d in results.decompositions if (d.system_a, d.system_b) == (a, b)]
+        views.append(
+            ComparisonView(
+                a=a,
+                b=b,
+                scores=[_metric_view(m, rows[m], reach, ticks=m == scores[-1]) for m in scores],
+                guards=[_metric_view(m, rows[m], _reach(rows[m]), ticks=False) for m in guards],
+                splits=[d for d in splits if d.metric in ("goal", "overall")],
+                failed=[row for row in rows[wording.headline_metric(results)] if row.num_excluded],
+            )
+        )
+    return views
+
+
+def _reach(rows: Sequence[Row]) -> float:
+    """Half the width of a forest plot that shows every interval."""
+    ends = [abs(end) for row in rows for end in (row.low, row.high, row.difference) if end is not None]
+    return max(ends, default=0.0) * 1.06 or 1.0
+
+
+def _metric_view(metric: str, rows: Sequence[Row], reach: float, *, ticks: bool) -> MetricView:
+    spans = [
+        Span(
+            row.difference,
+            row.low,
+            row.high,
+            f"{row.setting} {'clear' if wording.is_clear(row) else 'unclear'}",
+            f"{wording.label(metric)}, {row.setting}: {wording.effect(row.difference, row.low, row.high)}",
+        )
+        for row in rows
+    ]
+    return MetricView(wording.label(metric), rows, forest(spans, reach=reach, ticks=ticks))
+
+
+def slope_chart(results: Results) -> Chart | None:
+    """Every system's mean of the headline metric, sampled and greedy; None unless both were played."""
+    metric = wording.headline_metric(results)
+    means: dict[str, dict[str, float]] = {}
+    for row in results.rows:
+        if row.metric == metric:
+            means.setdefault(row.system_a, {}).setdefault(row.setting, row.mean_a)
+            means.setdefault(row.system_b, {}).setdefault(row.setting, row.mean_b)
+    both = [(name, m["sampled"], m["greedy"]) for name, m in means.items() if len(m) == len(SETTINGS)]
+    if not both:
+        return None
+    ranked = sorted(both, key=lambda system: -system[2])
+    title = f"{wording.label(metric)}: mean when sampled and when greedy"
+    return Chart(title, slopes(ranked, title=title))
+
+
+CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Loss", ("loss", "train_loss", "eval_loss")),
+    ("Reward", ("reward", "eval_reward")),
+    ("Score by the judge", ("judge", "eval_judge", "judge_score")),
+    ("Valid replies, share", ("validity", "valid", "valid_share")),
+    ("KL from the reference", ("kl",)),
+    ("Entropy, nats per token", ("entropy",)),
+    ("Reply length, tokens", ("length", "completion_length", "mean_length", "completions/mean_length")),
+    ("Leaked secrets, share", ("leaks", "secret_leaks", "leak_share")),
+    ("Token accuracy", ("accuracy", "mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("Learning rate", ("learning_rate",)),
+)
+"""Charts of a training run: title, and the metrics drawn in it."""
+
+
+def curve_charts(curve: Curve) -> list[Chart]:
+    """The known metrics of one run; those it lacks are left out."""
+    charts = []
+    for title, names in CURVES:
+        series = {name: points for name in names if (points := _points(curve, name))}
+        if not series:
+            continue
+        lines = [line for place, (name, points) in enumerate(series.items()) for line in _lines(name, points, place)]
+        svg = line_chart(lines, title=title, x_label="step")
+        charts.append(Chart(title, svg, [(i, name) for i, name in enumerate(series)] if len(series) > 1 else ()))
+    return charts
+
+
+def _points(curve: Curve, name: str) -> list[Point]:
+    found = [
+        (float(entry["step"]), float(entry[name]))
+        for entry in curve
+        if isinstance(entry.get(name), int | float) and isinstance(entry.get("step"), int | float)
+    ]
+    finite = [point for point in found if abs(point[1]) < float("inf")]  # NaN compares false as well
+    stride = -(-len(finite) // MAX_POINTS) or 1
+    return finite[::stride]
+
+
+def _lines(name: str, points: list[Point], colour: int) -> list[Line]:
+    """The curve; a long one is smoothed, with the raw values faint behind it."""
+    if len(points) < 30:
+        return [Line(name, points, colour=colour)]
+    half = max(1, len(points) // 40)
+    smooth = [
+        (x, sum(y for _, y in points[max(0, i - half) : i + half + 1]) / len(points[max(0, i - half) : i + half + 1]))
+        for i, (x, _) in enumerate(points)
+    ]
+    return [Line(name, points, "faint", colour), Line(f"{name} (smoothed)", smooth, colour=colour)]
+
+
+def episode_view(episode: Episode, rating: Rating, rewards: Sequence[UtteranceReward]) -> EpisodeView:
+    """A conversation with each utterance's reward beside it."""
+    by_turn = {reward.turn: reward for reward in rewards if reward.episode_id == episode.id}
+    names = [character.name for character in episode.match.characters]
+    turns = [TurnView(turn, names[turn.seat], by_turn.get(turn.index)) for turn in episode.turns]
+    return EpisodeView(episode, rating, turns)
+
+
+def _page(report: ReportInput) -> str:
+    results = report.results
+    return (
+        _environment(html=True)
+        .get_template("page.html.jinja")
+        .render(
+            **_shared(report),
+            css=Markup(_source("page.css")),  # noqa: S704  our own files
+            js=Markup(_source("page.js")),  # noqa: S704
+            slopes=slope_chart(results),
+            curves={name: charts for name, curve in report.curves.items() if (charts := curve_charts(curve))},
+            episodes=[episode_view(*shown) for shown in report.episodes],
+        )
+    )
+
+
+def _markdown(report: ReportInput) -> str:
+    return _environment(html=False).get_template("report.md.jinja").render(**_shared(report))
+
+
+def _shared(report: ReportInput) -> dict[str, Any]:
+    results = report.results
+    models: dict[str, RewardModelView] = {name: reward_model_view(r) for name, r in report.reward_models.items()}
+    summaries: Sequence[SystemSummary] = results.systems
+    return {
+        "title": report.title,
+        "results": results,
+        "w": wording,
+        "notes": list(dict.fromkeys([*results.notes, *report.notes])),
+        "comparisons": comparison_views(results),
+        "reward_models": models,
+        "any_failures": any(s.failures for s in summaries),
+        "provenance": report.provenance,
+        "version": __version__,
+    }
+
+
+@cache
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_source),
+        autoescape=html,  # noqa: S701  Markdown escapes what can break its tables itself
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _markdown_cell
+    return environment
+
+
+def _source(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _markdown_cell(value: object) -> str:
+    """Text that cannot break out of a table cell or become markup."""
+    text = " ".join(str(value).split())
+    for character in "\\`*_|<>[]":
+        text = text.replace(character, "\\" + character)
+    return text
