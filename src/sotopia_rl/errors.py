@@ -6,7 +6,8 @@ SotopiaRLError
 ├── StoreError             the episode store cannot be opened, read or written
 ├── ModelCallError         a model gave no reply: timeout, refusal, connection, HTTP status
 │   ├── ReplyError         it replied, but the reply is unusable after every attempt
-│   └── BudgetError        the run's spend cap is reached; no further call is made
+│   ├── BudgetError        the run's spend cap is reached; no further call is made
+│   └── EndpointDownError  the endpoint answers nothing or refuses all; no further call is made
 ├── TrainingError          a training stage cannot start or must stop
 │   └── GateError          the reward model is below the gate that GRPO asks for
 ├── EvaluationError        two systems cannot be compared as asked
@@ -83,6 +84,10 @@ class BudgetError(ModelCallError):
 
     def __init__(self, message: str, *, model: str) -> None:
         super().__init__(message, model=model, kind="budget")
+
+
+class EndpointDownError(ModelCallError):
+    """An endpoint answers nothing, or refuses everything; no further call is made, and the run should stop."""
 
 
 class TrainingError(SotopiaRLError):

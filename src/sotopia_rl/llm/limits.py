@@ -24,6 +24,8 @@ class ModelLimits(Config):
     """Calls at once per HTTP endpoint."""
     max_per_minute: int | None = Field(default=None, gt=0)
     """Calls started per minute and HTTP endpoint, evenly spaced. Empty: no limit."""
+    backoff_seconds: float = Field(default=1.0, ge=0)
+    """Pause before the first further attempt; it doubles each time, less up to half of it by chance."""
     max_wait_seconds: float = Field(default=60.0, gt=0)
     """Longest pause between two attempts, whatever the server's Retry-After asks."""
     down_after_seconds: float = Field(default=30.0, ge=0)
@@ -45,7 +47,10 @@ class Tally:
     """What calls to one model have taken since it was opened, failed ones included."""
 
     calls: int = 0
+    """Answered."""
     failed: int = 0
+    """Given up, after every attempt."""
+    retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0

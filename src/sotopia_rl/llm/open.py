@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Self
 from sotopia_rl.errors import ConfigError, MissingExtraError
 from sotopia_rl.llm.folders import check_adapter, check_model_folder
 from sotopia_rl.llm.limits import Budget, ModelLimits, Tally
+from sotopia_rl.llm.prices import price_of
 from sotopia_rl.models import ChatModel
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # aiohttp and torch are imported when a model needs them: `--help` needs neither
+    from sotopia_rl.llm.endpoint import Endpoint
     from sotopia_rl.llm.in_process import LocalBase
 
+OPENAI_KEY = "OPENAI_API_KEY"
 FORMS = "openai/NAME, custom/NAME@http://host:port/v1, local/PATH[:ADAPTER] or scripted/NAME"
 
 _CUSTOM = re.compile(r"(?P<name>.+)@(?P<url>https?://.+)")
@@ -107,6 +110,7 @@ class ModelPool:
         self.limits = limits or ModelLimits()
         self.budget = budget or Budget(self.limits.max_spend_usd)
         self._models: dict[str, ChatModel] = {}
+        self._endpoints: dict[str, Endpoint] = {}
         self._bases: dict[Path, LocalBase] = {}
 
     def get(self, name: str) -> ChatModel:
@@ -132,6 +136,7 @@ class ModelPool:
         for model in self._models.values():
             await model.__aexit__(*exc)
         self._models.clear()
+        self._endpoints.clear()
         self._bases.clear()
 
     def _open(self, name: str) -> ChatModel:
@@ -140,7 +145,32 @@ class ModelPool:
             return _scripted(parsed)
         if isinstance(parsed, LocalName):
             return self._local(name, parsed)
-        raise ConfigError(f"{name}: no client yet")
+        return self._http(name, parsed)
+
+    def _http(self, name: str, parsed: OpenAIName | CustomName) -> ChatModel:
+        from sotopia_rl.llm.client import HttpModel
+        from sotopia_rl.llm.endpoint import OPENAI_URL
+
+        price = price_of(name, self.limits.prices)
+        if price is None and self.limits.max_spend_usd is not None:
+            raise ConfigError(
+                f"{name}: its price is not known, which a spend cap needs; give it under prices "
+                "(USD per million prompt and completion tokens; [0, 0] for a server of your own)"
+            )
+        endpoint = self._endpoint(OPENAI_URL if isinstance(parsed, OpenAIName) else parsed.url)
+        if isinstance(parsed, OpenAIName):
+            if not endpoint.has_key:
+                raise ConfigError(f"{name}: no key; set {OPENAI_KEY} in the environment")
+            return HttpModel(name, parsed.name, endpoint, self.budget, price, max_tokens_field="max_completion_tokens")
+        return HttpModel(name, parsed.name, endpoint, self.budget, price)
+
+    def _endpoint(self, url: str) -> Endpoint:
+        from sotopia_rl.llm.endpoint import OPENAI_URL, Endpoint, key_variable
+
+        if url not in self._endpoints:
+            variable = OPENAI_KEY if url == OPENAI_URL else key_variable(url)
+            self._endpoints[url] = Endpoint(url, self.limits, variable=variable)
+        return self._endpoints[url]
 
     def _local(self, name: str, parsed: LocalName) -> ChatModel:
         path = resolve_model_folder(parsed.path)

@@ -1,0 +1,129 @@
+"""A local OpenAI-compatible server that answers as it is told, over real HTTP, faults included.
+
+    with FaultyServer(["500", reply("hello")]) as server:
+        ... f"custom/any@{server.url}" ...
+
+Each request takes the next answer of the list, the last one again and again. An answer is a function of
+(request body) -> Answer, or the name of a fault in `FAULTS`.
+"""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from aiohttp import web
+
+
+@dataclass
+class Answer:
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Before the answer."""
+    close: str = ""
+    """`before` the answer or in the `middle` of its body the connection is closed."""
+
+
+def reply(text: str | None, *, finish_reason: str | None = "stop", usage: Any = ..., seconds: float = 0.0) -> Answer:
+    if usage is ...:
+        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return Answer(body=json.dumps({"choices": [choice], "usage": usage}).encode(), seconds=seconds)
+
+
+def error(status: int, message: str, **headers: str) -> Answer:
+    body = json.dumps({"error": {"message": message, "type": "some_error"}}).encode()
+    return Answer(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+FAULTS = {
+    "400": error(400, "bad request"),
+    "401": error(401, "Incorrect API key provided"),
+    "404": error(404, "no such model"),
+    "429": error(429, "slow down"),
+    "500": error(500, "broken"),
+    "503-html": Answer(503, b"<html><body><h1>503</h1> Service  Unavailable</body></html>"),
+    "closed": Answer(close="before"),
+    "half": Answer(body=b'{"choices": [{"message": {"content": "hel', close="middle"),
+    "hang": Answer(seconds=60),
+    "html": Answer(body=b"<html>welcome to the captive portal</html>"),
+    "empty": Answer(),
+    "null": Answer(body=b"null"),
+    "list": Answer(body=b"[]"),
+    "truncated": Answer(body=b'{"choices": [{"message": {"content": "hel'),
+    "no-choices": Answer(body=b'{"choices": []}'),
+    "null-content": reply(None),
+    "surrogate": Answer(body=b'{"choices": [{"message": {"content": "\\ud83d"}}]}'),
+    "not-utf8": Answer(body=b'{"choices": "\xff\xfe"}'),
+    "redirect": Answer(302, b"", {"Location": "http://127.0.0.1:9/v1/chat/completions"}),
+}
+
+Script = Sequence[str | Answer | Callable[[dict[str, Any]], Answer]]
+
+
+class FaultyServer:
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.at_once = self.most_at_once = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self) -> Self:
+        ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)))
+        self._thread.start()
+        assert ready.wait(10)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join()
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application(client_max_size=2**24)
+        app.router.add_post("/v1/chat/completions", self._answer)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = site._server.sockets[0].getsockname()[1]
+        ready.set()
+        await self._over.wait()
+        await runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        self.times.append(self._loop.time())
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            return await self._play(request, body)
+        finally:
+            self.at_once -= 1
+
+    async def _play(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        entry = self.script[min(len(self.bodies), len(self.script)) - 1]
+        answer = FAULTS[entry] if isinstance(entry, str) else entry if isinstance(entry, Answer) else entry(body)
+        await asyncio.sleep(answer.seconds)
+        if answer.close == "before":
+            request.transport.close()
+            return web.Response()
+        if answer.close == "middle":
+            response = web.StreamResponse(headers={"Content-Length": "1000"})
+            await response.prepare(request)
+            await response.write(answer.body)
+            request.transport.close()
+            return response
+        return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
