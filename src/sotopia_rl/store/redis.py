@@ -1,0 +1,431 @@
+"""SOTOPIA's database: Redis with the JSON and search modules, read and written in SOTOPIA's own layout.
+
+Judged episodes are there for SOTOPIA as `EpisodeLog` documents under `:sotopia.database.logs.EpisodeLog:{id}`, with
+the agents' and environments' profiles beside them where they were missing. Everything we keep, failures, every judge
+and provenance included, is in keys of our own (`sotopia-rl:`), which SOTOPIA does not look at. An EpisodeLog that
+SOTOPIA wrote is taken up when the store is opened, and stays as it is until its episode is deleted or replaced; one
+of ours holds the first judge's scores.
+
+    sotopia-rl:schema_version             string
+    sotopia-rl:ids                        sorted set of episode ids, all with score 0: ordered by id
+    sotopia-rl:summaries                  hash, id -> JSON
+    sotopia-rl:episode:{id}               string, JSON
+    sotopia-rl:ratings:{id}               hash, judge -> JSON
+    sotopia-rl:attributions:{id}          hash, [seat, dimension, method, annotator] -> JSON
+    sotopia-rl:failures                   hash, [stage, item id] -> JSON
+    sotopia-rl:originals                  hash, id -> JSON, empty where the EpisodeLog itself is the original
+    sotopia-rl:logs                       set of the ids whose EpisodeLog we wrote
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from sotopia_rl.episode import SCHEMA_VERSION, Attribution, Episode, Failure, Rating, Record
+from sotopia_rl.errors import DataError, MissingExtraError, StoreError
+from sotopia_rl.profiles import Profiles
+from sotopia_rl.store import sotopia, sotopia_redis
+from sotopia_rl.store.interface import (
+    EVERYTHING,
+    AttributionKey,
+    EpisodeQuery,
+    EpisodeSummary,
+    Original,
+    conversation_sha256,
+)
+from sotopia_rl.store.transfer import TransferReport
+
+try:
+    import redis
+except ImportError as error:
+    raise MissingExtraError("redis", "redis") from error
+
+logger = logging.getLogger(__name__)
+
+OWN = "sotopia-rl:"
+IDS, SUMMARIES, FAILURES, ORIGINALS = OWN + "ids", OWN + "summaries", OWN + "failures", OWN + "originals"
+LOGS = OWN + "logs"
+PAGE = 200
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+
+class RedisStore:
+    """An `EpisodeStore` in SOTOPIA's Redis.
+
+    Args:
+        url: `redis://[:password@]host:port[/0]`; empty, or bare `redis`, for the one in `REDIS_OM_URL`.
+
+    Raises:
+        StoreError: No Redis answers, it lacks a module, or our keys in it are of another schema version.
+        MissingExtraError: The `redis` package is not installed (on import of this module).
+    """
+
+    def __init__(self, url: str = "") -> None:
+        url = url if urlsplit(url).netloc else os.environ.get("REDIS_OM_URL", "")
+        if not url:
+            raise StoreError("no Redis given; write redis://HOST:PORT, or set REDIS_OM_URL")
+        parts = urlsplit(url)
+        self.where = f"redis://{parts.hostname}:{parts.port or 6379}"  # without the password
+        if parts.path.strip("/") not in ("", "0"):
+            raise StoreError(f"{self.where}: search works in database 0 only; leave {parts.path!r} out of the address")
+        with self._errors_told():
+            self._db: Any = redis.Redis.from_url(url, decode_responses=True)
+            self._check_server()
+            self._check_version()
+            sotopia_redis.create_indexes(self._db)
+        report = self.adopt()
+        if report.left_out:
+            logger.warning("%s: some of sotopia's episodes cannot be represented here: %s", self.where, report)
+
+    def _check_server(self) -> None:
+        missing = []
+        for module, command in (("JSON", ("JSON.GET", OWN + "nothing")), ("search", ("FT._LIST",))):
+            try:
+                self._db.execute_command(*command)
+            except redis.exceptions.ResponseError as error:
+                if "unknown command" not in str(error):
+                    raise
+                missing.append(module)
+        if missing:
+            raise StoreError(
+                f"{self.where}: this Redis has no {' and no '.join(missing)} module; start Redis 8 or Redis Stack, "
+                "or load rejson.so and redisearch.so with --loadmodule"
+            )
+
+    def _check_version(self) -> None:
+        self._db.set(OWN + "schema_version", SCHEMA_VERSION, nx=True)
+        version = self._db.get(OWN + "schema_version")
+        if version != str(SCHEMA_VERSION):
+            raise StoreError(
+                f"{self.where}: the keys {OWN}* are of schema version {version}, this sotopia-rl reads version "
+                f"{SCHEMA_VERSION}; export them with the sotopia-rl that wrote them, or use another Redis"
+            )
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.exceptions.AuthenticationError as error:
+            raise StoreError(
+                f"{self.where}: Redis refuses the password; put it in the address or REDIS_OM_URL"
+            ) from error
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            raise StoreError(f"{self.where}: no Redis answers; start it, or check the address") from error
+        except redis.exceptions.RedisError as error:
+            told = "Redis is out of memory; raise maxmemory or free some" if "OOM" in str(error) else f"Redis: {error}"
+            raise StoreError(f"{self.where}: {told}") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """Commands that take effect together, or not at all."""
+        with self._errors_told():
+            pipeline = self._db.pipeline(transaction=True)
+            yield pipeline
+            pipeline.execute()
+
+    def _read(self, cls: type[R], text: str, what: str) -> R:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "record"
+            raise StoreError(f"{self.where}: {what} cannot be read ({place}: {first['msg']}); delete it") from error
+
+    # Sotopia's own episodes
+
+    def adopt(self) -> TransferReport:
+        """Take up the EpisodeLogs that are not known here yet. They stay as they are; our records go beside them.
+
+        Called when the store is opened; call it again to see what was written since.
+        """
+        report = TransferReport()
+        with self._errors_told():
+            for keys in _batches(self._db.scan_iter(match=f"{sotopia_redis.EPISODE_LOG}*", count=1000)):
+                ids = [key.removeprefix(sotopia_redis.EPISODE_LOG) for key in keys]
+                known = self._db.zmscore(IDS, ids)
+                self._adopt(
+                    [pk for pk, score in zip(ids, known, strict=True) if score is None and ":" not in pk], report
+                )
+        return report
+
+    def _adopt(self, ids: Sequence[str], report: TransferReport) -> None:
+        documents = sotopia_redis.documents(self._db, sotopia_redis.EPISODE_LOG, ids)
+        profiles = sotopia_redis.profiles_of(self._db, documents.values())
+        for pk, document in documents.items():
+            where = f"{self.where} {sotopia_redis.EPISODE_LOG}{pk}"
+            try:
+                item = sotopia.read_document(document, where=where, known=profiles)
+            except sotopia.LeftOutError as error:
+                report.left_out[error.cause] += 1
+                continue
+            except DataError as error:
+                logger.warning("%s", error)
+                report.left_out["not an episode of sotopia's"] += 1
+                continue
+            with self._writing() as pipeline:
+                _put_episode(pipeline, item.episode)
+                pipeline.hset(ORIGINALS, pk, "")
+                if item.rating:
+                    pipeline.hset(_ratings_key(pk), item.rating.judge, item.rating.model_dump_json())
+            report.episodes += 1
+            report.ratings += item.rating is not None
+            report.notes.update(item.notes)
+
+    def profiles(self) -> Profiles:
+        """Every character, scenario, combo and relationship that SOTOPIA keeps in this Redis."""
+        with self._errors_told():
+            return sotopia_redis.all_profiles(self._db)
+
+    def _update_log(self, pipeline: Any, episode: Episode, new: Rating | None = None) -> None:
+        """Bring the EpisodeLog in line with our records: made, replaced, or removed where there can be none."""
+        key = sotopia_redis.EPISODE_LOG + episode.id
+        held = self._db.execute_command("JSON.GET", key, "$.models[0]")
+        if held and not self._db.sismember(LOGS, episode.id):
+            return  # sotopia's own
+        ratings = {rating.judge: rating for rating in (*self.ratings(episode.id), *((new,) if new else ()))}
+        judge = (json.loads(held) or [None])[0] if held else None
+        rating = ratings.get(judge) or next(iter(ratings.values()), None)
+        try:
+            document = sotopia.log_document(episode, rating, self.original(episode.id))
+        except sotopia.LeftOutError:
+            pipeline.delete(key)
+            pipeline.srem(LOGS, episode.id)
+            return
+        sotopia_redis.put_profiles(pipeline, episode.match)
+        pipeline.execute_command("JSON.SET", key, "$", json.dumps(document, ensure_ascii=False))
+        pipeline.sadd(LOGS, episode.id)
+
+    # Episodes
+
+    def add_episode(self, episode: Episode) -> None:
+        self.add_episodes((episode,))
+
+    def add_episodes(self, episodes: Iterable[Episode]) -> int:
+        written = 0
+        for batch in _batches(episodes):
+            with self._errors_told():
+                old = self._db.mget([_episode_key(episode.id) for episode in batch])
+            with self._writing() as pipeline:
+                for episode, text in zip(batch, old, strict=True):
+                    before = self._read(Episode, text, f"episode {episode.id}") if text else None
+                    _put_episode(pipeline, episode)
+                    if before and conversation_sha256(before) != conversation_sha256(episode):
+                        _drop(pipeline, episode.id)
+                    else:
+                        self._update_log(pipeline, episode)
+            written += len(batch)
+        return written
+
+    def episode(self, episode_id: str) -> Episode:
+        with self._errors_told():
+            text = self._db.get(_episode_key(episode_id))
+        if text is None:
+            raise StoreError(f"{self.where}: no episode {episode_id}; `sotopia-rl episodes list` shows what there is")
+        return self._read(Episode, text, f"episode {episode_id}")
+
+    def episodes(self, query: EpisodeQuery = EVERYTHING) -> Iterator[Episode]:
+        for batch in _batches(summary.id for summary in self.summaries(query)):
+            with self._errors_told():
+                texts = self._db.mget([_episode_key(episode_id) for episode_id in batch])
+            for episode_id, text in zip(batch, texts, strict=True):
+                if text is not None:  # deleted meanwhile
+                    yield self._read(Episode, text, f"episode {episode_id}")
+
+    def summaries(self, query: EpisodeQuery = EVERYTHING) -> Iterator[EpisodeSummary]:
+        return islice((s for s in self._all_summaries() if query.matches(s)), query.limit)
+
+    def _all_summaries(self) -> Iterator[EpisodeSummary]:
+        last = "-"
+        while True:
+            with self._errors_told():
+                ids = self._db.zrangebylex(IDS, last, "+", start=0, num=1000)
+                texts = self._db.hmget(SUMMARIES, ids) if ids else []
+            for episode_id, text in zip(ids, texts, strict=True):
+                if text is not None:
+                    tag, scenario_id, codename, models, status, num_turns, failure_kind = json.loads(text)
+                    yield EpisodeSummary(
+                        episode_id, tag, scenario_id, codename, (models[0], models[1]), status, num_turns, failure_kind
+                    )
+            if not ids:
+                return
+            last = f"({ids[-1]}"
+
+    def ids(self, query: EpisodeQuery = EVERYTHING) -> list[str]:
+        return [summary.id for summary in self.summaries(query)]
+
+    def count(self, query: EpisodeQuery = EVERYTHING) -> int:
+        return len(self.ids(query))
+
+    def tags(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for summary in self._all_summaries():
+            counts[summary.tag] = counts.get(summary.tag, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def delete_episodes(self, ids: Iterable[str]) -> int:
+        deleted = 0
+        for episode_id in ids:
+            with self._errors_told():
+                deleted += bool(self._db.exists(_episode_key(episode_id)))
+            with self._writing() as pipeline:
+                _drop(pipeline, episode_id)
+                pipeline.delete(_episode_key(episode_id))
+                pipeline.zrem(IDS, episode_id)
+                pipeline.hdel(SUMMARIES, episode_id)
+        return deleted
+
+    # What is said of them
+
+    def add_rating(self, rating: Rating) -> None:
+        self.add_ratings((rating,))
+
+    def add_ratings(self, ratings: Iterable[Rating]) -> int:
+        written = 0
+        for rating in ratings:
+            with self._writing() as pipeline:
+                pipeline.hset(_ratings_key(rating.episode_id), rating.judge, rating.model_dump_json())
+                text = self._db.get(_episode_key(rating.episode_id))
+                if text is not None:
+                    episode = self._read(Episode, text, f"episode {rating.episode_id}")
+                    self._update_log(pipeline, episode, rating)
+            written += 1
+        return written
+
+    def ratings(self, episode_id: str | None = None, *, judge: str | None = None) -> Iterator[Rating]:
+        for found, key, text in self._said("ratings", episode_id):
+            if judge in (None, key):
+                yield self._read(Rating, text, f"rating of {found} by {key}")
+
+    def rated(self, query: EpisodeQuery = EVERYTHING, *, judge: str | None = None) -> Iterator[tuple[Episode, Rating]]:
+        for episode in self.episodes(query):
+            for rating in self.ratings(episode.id, judge=judge):
+                yield episode, rating
+
+    def rated_ids(self, judge: str) -> set[str]:
+        return {episode_id for episode_id, key, _ in self._said("ratings", None) if key == judge}
+
+    def add_attribution(self, attribution: Attribution) -> None:
+        self.add_attributions((attribution,))
+
+    def add_attributions(self, attributions: Iterable[Attribution]) -> int:
+        written = 0
+        for batch in _batches(attributions):
+            with self._writing() as pipeline:
+                for a in batch:
+                    key = json.dumps([a.seat, a.dimension, a.method, a.annotator])
+                    pipeline.hset(f"{OWN}attributions:{a.episode_id}", key, a.model_dump_json())
+            written += len(batch)
+        return written
+
+    def attributions(
+        self, episode_id: str | None = None, *, method: str | None = None, annotator: str | None = None
+    ) -> Iterator[Attribution]:
+        for found, key, text in self._said("attributions", episode_id):
+            _, _, its_method, its_annotator = json.loads(key)
+            if method in (None, its_method) and annotator in (None, its_annotator):
+                yield self._read(Attribution, text, f"attribution {key} of {found}")
+
+    def attributed(self, *, method: str, annotator: str) -> set[AttributionKey]:
+        keys = ((found, json.loads(key)) for found, key, _ in self._said("attributions", None))
+        return {(found, key[0], key[1]) for found, key in keys if key[2:] == [method, annotator]}
+
+    def _said(self, what: str, episode_id: str | None) -> Iterator[tuple[str, str, str]]:
+        """(episode id, key, JSON) of ratings or attributions, in order."""
+        prefix = f"{OWN}{what}:"
+        with self._errors_told():
+            # Not by the known episodes: what is said of an episode may be kept apart from it.
+            found = self._db.scan_iter(match=f"{prefix}*", count=1000)
+            ids = [episode_id] if episode_id else sorted(key.removeprefix(prefix) for key in found)
+        for batch in _batches(ids):
+            with self._errors_told():
+                pipeline = self._db.pipeline(transaction=False)
+                for one in batch:
+                    pipeline.hgetall(prefix + one)
+                hashes = pipeline.execute()
+            for one, entries in zip(batch, hashes, strict=True):
+                yield from ((one, key, entries[key]) for key in sorted(entries))
+
+    def add_failure(self, stage: str, item_id: str, failure: Failure) -> None:
+        with self._writing() as pipeline:
+            pipeline.hset(FAILURES, json.dumps([stage, item_id]), failure.model_dump_json())
+
+    def failures(self, stage: str | None = None) -> Iterator[tuple[str, str, Failure]]:
+        with self._errors_told():
+            entries = self._db.hgetall(FAILURES)
+        for (found, item_id), text in sorted((json.loads(key), text) for key, text in entries.items()):
+            if stage in (None, found):
+                yield found, item_id, self._read(Failure, text, f"failure of {item_id} in {found}")
+
+    def delete_failures(self, stage: str, item_ids: Iterable[str] | None = None) -> int:
+        wanted = [i for _, i, _ in self.failures(stage)] if item_ids is None else list(item_ids)
+        with self._errors_told():
+            return sum(self._db.hdel(FAILURES, json.dumps([stage, item_id])) for item_id in wanted)
+
+    def add_original(self, original: Original) -> None:
+        with self._errors_told():
+            if self._db.hget(ORIGINALS, original.episode_id) != "":  # else the EpisodeLog is here itself
+                self._db.hset(ORIGINALS, original.episode_id, original.model_dump_json())
+                self.add_episode(self.episode(original.episode_id))
+
+    def original(self, episode_id: str) -> Original | None:
+        with self._errors_told():
+            text = self._db.hget(ORIGINALS, episode_id)
+            if text is None:
+                return None
+            if text:
+                return self._read(Original, text, f"original of {episode_id}")
+            found = sotopia_redis.documents(self._db, sotopia_redis.EPISODE_LOG, [episode_id])
+        document = found.get(episode_id)
+        return Original(episode_id=episode_id, layout="sotopia-log", document=document) if document else None
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _episode_key(episode_id: str) -> str:
+    return f"{OWN}episode:{episode_id}"
+
+
+def _ratings_key(episode_id: str) -> str:
+    return f"{OWN}ratings:{episode_id}"
+
+
+def _put_episode(pipeline: Any, episode: Episode) -> None:
+    s = EpisodeSummary.of(episode)
+    summary = [s.tag, s.scenario_id, s.codename, s.models, s.status, s.num_turns, s.failure_kind]
+    pipeline.set(_episode_key(episode.id), episode.model_dump_json())
+    pipeline.zadd(IDS, {episode.id: 0})
+    pipeline.hset(SUMMARIES, episode.id, json.dumps(summary))
+
+
+def _drop(pipeline: Any, episode_id: str) -> None:
+    """Remove what is said of an episode, the EpisodeLog included."""
+    pipeline.delete(_ratings_key(episode_id), f"{OWN}attributions:{episode_id}", sotopia_redis.EPISODE_LOG + episode_id)
+    pipeline.hdel(ORIGINALS, episode_id)
+    pipeline.srem(LOGS, episode_id)
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    source = iter(items)
+    while batch := list(islice(source, PAGE)):
+        yield batch

