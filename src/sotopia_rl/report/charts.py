@@ -142,7 +142,7 @@ def line_chart(
 
 
 def _axes(x: _Scale, y: _Scale, x_label: str, width: int, height: int) -> Iterator[Markup]:
-    for value in round_ticks(y.low, y.high):
+    for value in round_ticks(y.low, y.high, 5):
         yield _tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid")
         yield _tag("text", escape(number(value)), x=x.start - 6, y=y(value) + 3.5, class_="tick end")
     for value in round_ticks(x.low, x.high, 5):
@@ -179,7 +179,13 @@ def forest(spans: Sequence[Span], *, reach: float, ticks: bool = False, width: i
         parts.append(_tag("g", *_mark(span, x, middle, reach), class_=f"span {span.style}"))
     if ticks:
         parts += [
-            _tag("text", escape(f"{value:+g}" if value else "0"), x=x(value), y=height - 4, class_="tick middle")
+            _tag(
+                "text",
+                escape(f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0"),
+                x=x(value),
+                y=height - 4,
+                class_="tick middle",
+            )
             for value in round_ticks(-reach, reach)
         ]
     label = "; ".join(span.label for span in spans)

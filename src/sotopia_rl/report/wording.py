@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Effect, Results, Row, Setting
 
 PLAYED: dict[Setting, str] = {"sampled": "when both sample", "greedy": "when both play greedily"}
@@ -24,9 +26,16 @@ def plain(value: float, digits: int = 2) -> str:
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
+def short(value: float) -> str:
+    """`7`, `7.5`, with a true minus sign."""
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
 def interval(low: float | None, high: float | None) -> str:
-    """`[0.12, 0.50]`, or that there is none."""
-    return "[no interval]" if low is None or high is None else f"[{plain(low)}, {plain(high)}]"
+    """`[0.12, 0.50]`; or that there is none, or that the pairs do not differ among themselves."""
+    if low is None or high is None:
+        return "[no interval]"
+    return "[all equal]" if low == high else f"[{plain(low)}, {plain(high)}]"
 
 
 def p_text(value: float) -> str:
@@ -72,27 +81,43 @@ def answer(results: Results) -> str:
     a, b = headline_pair(results)
     metric = headline_metric(results)
     rows = list(rows_of(results, a, b, metric).values())
-    clear = [row for row in rows if is_clear(row)]
     named = label(metric).lower()
+    clear = [row for row in rows if is_clear(row)]
     if not clear:
-        first = rows[0]
-        power = f"{results.config.power:.0%}"
-        sizes = (
-            ""
-            if first.detectable is None
-            else f"; a true difference of {plain(first.detectable)} would be found {power} of the time"
-        )
-        found = " and ".join(f"{effect(r.difference, r.low, r.high)} {PLAYED[r.setting]}" for r in rows)
-        return f"No difference in {named} between {a} and {b} is shown: {found}{sizes}."
-    verb = "beats" if clear[0].difference > 0 else "falls behind"
-    parts = [f"{effect(r.difference, r.low, r.high)} points {PLAYED[r.setting]}" for r in clear]
-    text = f"{a} {verb} {b} in {named}: {' and '.join(parts)}"
-    text += "".join(
-        f", but {PLAYED[r.setting]} the difference ({effect(r.difference, r.low, r.high)}) cannot be told from none"
-        for r in rows
-        if not is_clear(r)
+        found = " and ".join(_gain(row) for row in rows)
+        return f"No difference in {named} between {a} and {b} is shown: {found}{_could_find(rows, results)}."
+    doubts = "".join(f"; {_gain(row)} cannot be told from none" for row in rows if not is_clear(row))
+    return f"{a} {_verb(clear)} {b} in {named}: {', and '.join(_gain(row) for row in clear)}{doubts}."
+
+
+def _gain(row: Row) -> str:
+    return f"{signed(row.difference)} points {interval(row.low, row.high)} {PLAYED[row.setting]}"
+
+
+def _verb(rows: Sequence[Row]) -> str:
+    signs = {row.difference > 0 for row in rows}
+    if len(signs) == 2:
+        return "beats or falls behind, by setting,"
+    return "beats" if signs == {True} else "falls behind"
+
+
+def _could_find(rows: Sequence[Row], results: Results) -> str:
+    sizes = [row.detectable for row in rows if row.detectable is not None]
+    if not sizes:
+        return ""
+    return f"; a true difference of {plain(max(sizes))} would have been found {results.config.power:.0%} of the time"
+
+
+def excluded_text(row: Row) -> str:
+    """How many pairs were left out, and what they could have changed."""
+    count = "1 pair has" if row.num_excluded == 1 else f"{row.num_excluded} pairs have"
+    text = f"{PLAYED[row.setting].capitalize()}, {count} no score on one side and stay out of the means."
+    if row.worst is None or row.best is None:
+        return text
+    return (
+        f"{text} Had they gone as badly or as well for {row.system_a} as scores can, the difference in "
+        f"{label(row.metric).lower()} would lie between {signed(row.worst)} and {signed(row.best)}."
     )
-    return text + "."
 
 
 def basis(results: Results) -> str:
@@ -116,10 +141,18 @@ def split_sentence(d: Decomposition) -> str:
         f"{play} remain when neither samples (better play), "
         f"and {noise} is what {d.system_a} loses less by sampling."
     )
-    if d.sampled_gain.value > 0 and is_clear(d.sampled_gain) and d.greedy_gain.value > 0:
-        share = min(1.0, d.greedy_gain.value / d.sampled_gain.value)
-        text += f" Better play makes up about {share:.0%} of the gain."
+    if d.sampled_gain.value > 0 and is_clear(d.sampled_gain):
+        share = d.greedy_gain.value / d.sampled_gain.value
+        text += " " + _share_sentence(share)
     return text
+
+
+def _share_sentence(share: float) -> str:
+    if share >= 1:
+        return "Better play accounts for all of the gain."
+    if share <= 0:
+        return "None of the gain is better play."
+    return f"Better play makes up about {share:.0%} of the gain."
 
 
 def failure_text(failures: dict[str, int]) -> str:
