@@ -22,6 +22,7 @@ from sotopia_rl.attribute import AttributionConfig
 from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.dataset import CloningFilter
 from sotopia_rl.episode import Sampling, canonical_json, sha256_text
+from sotopia_rl.errors import ConfigError
 from sotopia_rl.files import write_text
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
@@ -161,14 +162,34 @@ class Experiment(Config):
 def load_experiment(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Experiment:
     """Read an experiment file; `overrides` are merged over it, section by section.
 
+    A file may start from another one with `extends: FILE`, relative to itself; its own sections are merged over
+    those in the same way (`arms` as a whole).
+
     Raises:
-        ConfigError: The file or a setting in it is wrong.
+        ConfigError: A file or a setting in it is wrong.
     """
-    data = read_yaml(path)
-    for name, value in (overrides or {}).items():
-        old = data.get(name)
-        data[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+    data = merge_sections(_extended(path, ()), overrides or {})
     return parse_config(Experiment, data, where=str(path)).seeded()
+
+
+def _extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself")
+    data = read_yaml(path)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return merge_sections(_extended(path.parent / str(parent), (*seen, path.resolve())), data)
+
+
+def merge_sections(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `data`: a section's settings one by one, anything else as a whole."""
+    merged = dict(data)
+    for name, value in changes.items():
+        old = merged.get(name)
+        is_section = name != "arms" and isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[name] = {**old, **value} if is_section and old is not None else value
+    return merged
 
 
 @dataclass(frozen=True)
