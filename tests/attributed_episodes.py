@@ -14,8 +14,10 @@ from sotopia_rl.episode import (
     ACTION_TYPES,
     Action,
     AgentSpec,
+    Attribution,
     Character,
     Episode,
+    Failure,
     Match,
     Provenance,
     Rating,
@@ -182,3 +184,9 @@ def failing(error: ModelCallError) -> Annotator:
         raise error
 
     return Annotator(reply)
+
+
+def answers(outcome: tuple[Attribution, ...] | Failure) -> tuple[Attribution, ...]:
+    """Attributions that did not fail."""
+    assert not isinstance(outcome, Failure), outcome
+    return outcome

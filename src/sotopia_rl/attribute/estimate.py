@@ -10,6 +10,7 @@ from sotopia_rl.attribute.items import AttributionKey, attribution_items, nothin
 from sotopia_rl.attribute.methods import METHODS
 from sotopia_rl.attribute.prompt import Question, questions
 from sotopia_rl.episode import Episode, Rating
+from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.prices import price_of
 
 CHARACTERS_PER_TOKEN = 4
@@ -64,6 +65,14 @@ def preview(
         completion_tokens=completion_tokens,
         cost_usd=0.0 if not calls else price.cost(prompt_tokens, completion_tokens) if price else None,
     )
+
+
+def estimate(
+    items: Iterable[tuple[Episode, Rating]], config: AttributionConfig, annotator: str | None, limits: ModelLimits
+) -> str:
+    """What `--dry-run` prints: one full prompt, then the estimate."""
+    seen = preview(items, config, annotator or "", prices=limits.prices)
+    return f"{seen.prompt}\n\n{seen}".lstrip()
 
 
 def _size(question: Question) -> tuple[int, int, int]:
