@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from sotopia_data import FOLDER, needs_sotopia_data
 from sotopia_data import profiles as published
 from sotopia_rl.episode import Match
 from sotopia_rl.errors import ConfigError, DataError
-from sotopia_rl.profiles import benchmark_ids, benchmarks, load_profiles, matches, train_and_held_out
+from sotopia_rl.profiles import benchmark_ids, benchmarks, load_profiles, matches, selected_matches, train_and_held_out
 
 ANN = {"agent_id": "A1", "first_name": "Ann", "last_name": "O'Lee", "age": 30, "moral_values": ["Care", " Fairness"]}
 BEN = {
@@ -157,6 +158,11 @@ def test_hard_is_a_subset_of_all():
         benchmark_ids("sotopia-easy")
 
 
+def test_an_unknown_size_of_a_benchmark_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match="there are sotopia-hard, sotopia-hard-14x10"):
+        selected_matches(load_profiles(write(tmp_path)), "sotopia-hard-15x10")
+
+
 @needs_sotopia_data
 def test_the_published_profiles_load_whole():
     profiles = published()
@@ -170,16 +176,23 @@ def test_the_published_profiles_load_whole():
 
 
 @needs_sotopia_data
-@pytest.mark.parametrize(("name", "first", "every"), [("sotopia-hard", 28, 140), ("sotopia-all", 180, 900)])
-def test_the_benchmarks_have_the_published_numbers_of_matches(name, first, every):
-    profiles = published()
-    ids = benchmark_ids(name)
-    assert set(ids) <= set(profiles.scenarios)
-    played = matches(profiles, ids)
-    assert len(played) == first
-    assert sum(m.seat for m in played) == first // 2
-    everything = matches(profiles, ids, combos="all")
-    assert len({m.id for m in everything}) == len(everything) == every
+@pytest.mark.parametrize(
+    ("name", "num_matches", "per_scenario"),
+    [
+        ("sotopia-hard", 28, 2),
+        ("sotopia-hard-14x10", 140, 10),
+        ("sotopia-hard-70x2", 140, 10),
+        ("sotopia-all", 180, 2),
+        ("sotopia-all-450x2", 900, 10),
+    ],
+)
+def test_the_benchmarks_have_the_published_numbers_of_matches(name, num_matches, per_scenario):
+    played = selected_matches(published(), name)
+    assert len({m.id for m in played}) == len(played) == num_matches
+    assert set(Counter(m.scenario.id for m in played).values()) == {per_scenario}
+    assert sum(m.seat for m in played) == num_matches // 2
+    combos = {(m.scenario.id, m.characters[0].id, m.characters[1].id) for m in played}
+    assert len(combos) == {"sotopia-hard-70x2": 70, "sotopia-all-450x2": 450}.get(name, num_matches // per_scenario)
 
 
 @needs_sotopia_data

@@ -60,6 +60,25 @@ class Relationship:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What a published size of a benchmark plays; always in both seats."""
+
+    benchmark: str
+    combos: Literal["first", "all"] = "first"
+    num_seeds: int = 1
+
+
+SELECTIONS = {
+    "sotopia-hard": Selection("sotopia-hard"),
+    "sotopia-hard-14x10": Selection("sotopia-hard", num_seeds=5),
+    "sotopia-hard-70x2": Selection("sotopia-hard", combos="all"),
+    "sotopia-all": Selection("sotopia-all"),
+    "sotopia-all-450x2": Selection("sotopia-all", combos="all"),
+}
+"""By name: 28 matches (what the paper's evaluator runs), 140, 140, 180 and 900."""
+
+
+@dataclass(frozen=True)
 class Profiles:
     """Everything in a folder of profiles. `combos` are in order of their ids."""
 
@@ -131,6 +150,20 @@ def matches(
         for seat in (SEATS if both_seats else SEATS[:1])
         for seed in seeds
     ]
+
+
+def selected_matches(profiles: Profiles, name: str, *, seed: int = 0) -> list[Match]:
+    """The matches of a published benchmark in a published size, a name of `SELECTIONS`.
+
+    Raises:
+        ConfigError: The name is unknown.
+        DataError: The profiles lack a scenario of the benchmark.
+    """
+    if name not in SELECTIONS:
+        raise ConfigError(f"no benchmark is called {name!r}; there are {', '.join(SELECTIONS)}")
+    chosen = SELECTIONS[name]
+    seeds = range(seed, seed + chosen.num_seeds)
+    return matches(profiles, benchmark_ids(chosen.benchmark), combos=chosen.combos, seeds=seeds)
 
 
 def train_and_held_out(folder: Path, *, train: int, held_out: int, seed: int = 0) -> tuple[list[Match], list[Match]]:
