@@ -10,7 +10,7 @@ from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.console import detail, err
 from sotopia_rl.errors import ConfigError, SotopiaRLError
 from sotopia_rl.manifest import Manifest, load_manifest
-from sotopia_rl.profiles import benchmark_ids, load_profiles, matches
+from sotopia_rl.profiles import SELECTIONS, load_profiles, selected_matches
 from sotopia_rl.stages import Tally
 
 C = TypeVar("C", bound=Config)
@@ -31,15 +31,15 @@ def resolve(flags: C, file: Path | None) -> C:
 
 
 def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -> Manifest:
-    """A manifest by name (`sandbox-train`, `sandbox-held-out`, `sotopia-hard`, `sotopia-all`) or from a file."""
+    """A manifest by name (`sandbox-train`, `sandbox-held-out`, a name of `profiles.SELECTIONS`) or from a file."""
     if name == "sandbox-train":
         return Manifest(name=name, matches=tuple(sandbox.matches("train", count, seed=seed)))
     if name == "sandbox-held-out":
         return Manifest(name=name, matches=tuple(sandbox.matches("held_out", count, seed=seed)))
-    if name in ("sotopia-hard", "sotopia-all"):
+    if name in SELECTIONS:
         if profiles is None:
             raise ConfigError(f"{name} is played in the published SOTOPIA profiles; give their folder with --profiles")
-        played = matches(load_profiles(profiles), benchmark_ids(name), seeds=(seed,))
+        played = selected_matches(load_profiles(profiles), name, seed=seed)
         return Manifest(name=name, matches=tuple(played))
     return load_manifest(Path(name))
 
