@@ -1,7 +1,7 @@
 """The experiment file: every stage's settings in one YAML, and the runner that redoes only what changed.
 
 A stage is keyed by its settings, by the keys of its inputs and by the package version. Its results live in
-`<run folder>/stages/<name>-<key>/` and count as finished once `done.json` stands there. So a second run
+`<run folder>/stages/<name>-<key>/` (several experiments may share one stages folder) and count as finished once `done.json` stands there. So a second run
 does nothing, a changed setting redoes only what depends on it, and a killed stage goes on where it stopped.
 What the stages do is in `stages.py`.
 """
@@ -212,32 +212,32 @@ class Stage:
         content = {"name": self.name, "settings": dict(self.settings), "inputs": inputs, "version": __version__}
         return sha256_text(canonical_json(content))[:12]
 
-    def folder(self, root: Path) -> Path:
-        return root / "stages" / f"{self.name}-{self.key}"
+    def folder(self, stages: Path) -> Path:
+        return stages / f"{self.name}-{self.key}"
 
 
 DONE = "done.json"
 
 
-def is_done(stage: Stage, root: Path) -> bool:
-    """Whether the stage has finished in this run folder."""
-    return (stage.folder(root) / DONE).is_file()
+def is_done(stage: Stage, stages: Path) -> bool:
+    """Whether the stage has finished in this folder of stages."""
+    return (stage.folder(stages) / DONE).is_file()
 
 
-def run_stage(stage: Stage, root: Path, *, resume: bool = True, again: bool = False) -> bool:
+def run_stage(stage: Stage, stages: Path, *, resume: bool = True, again: bool = False) -> bool:
     """Run a stage whose inputs have finished, unless it has finished itself; whether there was work.
 
     Args:
         resume: Keep what an interrupted call left; otherwise start the stage from nothing.
         again: Run it although it has finished.
     """
-    folder = stage.folder(root)
-    if is_done(stage, root) and not again:
+    folder = stage.folder(stages)
+    if is_done(stage, stages) and not again:
         return False
     if not resume and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stage.work(folder, {name: other.folder(root) for name, other in stage.inputs.items()})
+    stage.work(folder, {name: other.folder(stages) for name, other in stage.inputs.items()})
     record = {"stage": stage.name, "key": stage.key, "settings": dict(stage.settings), "version": __version__}
     write_text(folder / DONE, json.dumps(record, indent=1, ensure_ascii=False))
     return True

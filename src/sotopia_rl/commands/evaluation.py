@@ -143,4 +143,4 @@ def report(run: Path, /) -> None:
     from sotopia_rl.experiment import Experiment
 
     file = run / "experiment.yaml"
-    execute(parse_config(Experiment, read_yaml(file), where=str(file)), run, resume=True, only_report=True)
+    execute(parse_config(Experiment, read_yaml(file), where=str(file)), run, None, resume=True, only_report=True)

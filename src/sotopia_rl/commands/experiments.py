@@ -23,6 +23,7 @@ def run(
     /,
     *,
     output: Path | None = None,
+    stages: Path | None = None,
     profiles: Path | None = None,
     seed: int | None = None,
     resume: bool = True,
@@ -38,6 +39,8 @@ def run(
         YAML file; see recipes/ for some.
     output
         Run folder; runs/NAME by default.
+    stages
+        Folder of finished stages, to share among experiments; stages/ in the run folder by default.
     profiles
         Folder with the published SOTOPIA profiles, for experiments that play in them.
     seed
@@ -51,7 +54,7 @@ def run(
     if seed is not None:
         overrides["seed"] = seed
     loaded = load_experiment(experiment, overrides=overrides)
-    execute(loaded, output or Path("runs") / loaded.name, resume=resume)
+    execute(loaded, output or Path("runs") / loaded.name, stages, resume=resume)
 
 
 def quickstart(*, output: Path = Path("runs/quickstart"), seed: int | None = None, resume: bool = True) -> None:
@@ -70,10 +73,12 @@ def quickstart(*, output: Path = Path("runs/quickstart"), seed: int | None = Non
     """
     with as_file(files("sotopia_rl") / "quickstart.yaml") as path:
         loaded = load_experiment(path, overrides={} if seed is None else {"seed": seed})
-    execute(loaded, output, resume=resume)
+    execute(loaded, output, None, resume=resume)
 
 
-def execute(experiment: Experiment, root: Path, *, resume: bool, only_report: bool = False) -> None:
+def execute(
+    experiment: Experiment, root: Path, stages: Path | None, *, resume: bool, only_report: bool = False
+) -> None:
     """Run every stage of an experiment that has not finished, then show what came out.
 
     Raises:
@@ -86,17 +91,18 @@ def execute(experiment: Experiment, root: Path, *, resume: bool, only_report: bo
     from sotopia_rl.steps import Run
 
     root.mkdir(parents=True, exist_ok=True)
+    stages = stages or root / "stages"
     write_text(root / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
     with bars() as watch:
         graph = build(experiment, Run(watch, experiment.limits, Budget(experiment.limits.max_spend_usd)))
         for number, stage in enumerate(graph.stages.values(), start=1):
             with timed() as seconds:
-                if only_report and stage.name != "report" and not is_done(stage, root):
+                if only_report and stage.name != "report" and not is_done(stage, stages):
                     raise DataError(f"{root}: stage {stage.name} has not finished; run the experiment first")
-                worked = run_stage(stage, root, resume=resume, again=only_report and stage.name == "report")
+                worked = run_stage(stage, stages, resume=resume, again=only_report and stage.name == "report")
             done = f"{seconds[0]:6.1f} s" if worked else "finished"
-            err.print(f"[dim]{number:>2}/{len(graph.stages)}[/] {stage.name:<9} {done}  [dim]{stage.folder(root)}[/]")
-    report = list(graph.stages.values())[-1].folder(root)
+            err.print(f"[dim]{number:>2}/{len(graph.stages)}[/] {stage.name:<9} {done}  [dim]{stage.folder(stages)}[/]")
+    report = list(graph.stages.values())[-1].folder(stages)
     for name in RESULTS:
         shutil.copyfile(report / name, root / name)
     out.print(results_table(load_results(root / "results.json")))
