@@ -8,9 +8,8 @@ allowed (a record written meanwhile appears if its id is still ahead). Calls are
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from pydantic import Field
 
@@ -54,19 +53,23 @@ class EpisodeQuery(Record):
 EVERYTHING = EpisodeQuery()
 
 
-@dataclass(frozen=True, slots=True)
-class EpisodeSummary:
-    """What a listing shows of an episode, without reading the conversation."""
+class EpisodeSummary(NamedTuple):
+    """What a listing shows of an episode, without reading the conversation. A plain tuple: listings are long."""
 
     id: str
     tag: str
     scenario_id: str
     codename: str
-    models: tuple[str, str]
-    """By seat."""
+    model0: str
+    model1: str
     status: EpisodeStatus
     num_turns: int
     failure_kind: FailureKind | None
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """By seat."""
+        return self.model0, self.model1
 
     @classmethod
     def of(cls, episode: Episode) -> EpisodeSummary:
@@ -75,7 +78,8 @@ class EpisodeSummary:
             tag=episode.tag,
             scenario_id=episode.match.scenario.id,
             codename=episode.match.scenario.codename,
-            models=(episode.agents[0].model, episode.agents[1].model),
+            model0=episode.agents[0].model,
+            model1=episode.agents[1].model,
             status=episode.status,
             num_turns=len(episode.turns),
             failure_kind=episode.failure.kind if episode.failure else None,

@@ -124,7 +124,11 @@ class RedisStore:
         except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
             raise StoreError(f"{self.where}: no Redis answers; start it, or check the address") from error
         except redis.exceptions.RedisError as error:
-            told = "Redis is out of memory; raise maxmemory or free some" if "OOM" in str(error) else f"Redis: {error}"
+            told = (
+                "Redis is out of memory; raise maxmemory or free some"
+                if "maxmemory" in str(error)
+                else f"Redis: {error}"
+            )
             raise StoreError(f"{self.where}: {told}") from error
 
     @contextmanager
@@ -254,10 +258,7 @@ class RedisStore:
                 texts = self._db.hmget(SUMMARIES, ids) if ids else []
             for episode_id, text in zip(ids, texts, strict=True):
                 if text is not None:
-                    tag, scenario_id, codename, models, status, num_turns, failure_kind = json.loads(text)
-                    yield EpisodeSummary(
-                        episode_id, tag, scenario_id, codename, (models[0], models[1]), status, num_turns, failure_kind
-                    )
+                    yield EpisodeSummary(episode_id, *json.loads(text))
             if not ids:
                 return
             last = f"({ids[-1]}"
@@ -411,8 +412,7 @@ def _ratings_key(episode_id: str) -> str:
 
 
 def _put_episode(pipeline: Any, episode: Episode) -> None:
-    s = EpisodeSummary.of(episode)
-    summary = [s.tag, s.scenario_id, s.codename, s.models, s.status, s.num_turns, s.failure_kind]
+    _, *summary = EpisodeSummary.of(episode)
     pipeline.set(_episode_key(episode.id), episode.model_dump_json())
     pipeline.zadd(IDS, {episode.id: 0})
     pipeline.hset(SUMMARIES, episode.id, json.dumps(summary))

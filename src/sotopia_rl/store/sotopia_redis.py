@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sotopia_rl.episode import Character, Match, Scenario
 from sotopia_rl.profiles import Combo, Profiles, Relationship
+
+logger = logging.getLogger(__name__)
 
 Document = dict[str, Any]
 
@@ -23,7 +26,8 @@ ENVIRONMENT = ":sotopia.database.persistent_profile.EnvironmentProfile:"
 RELATIONSHIP = ":sotopia.database.persistent_profile.RelationshipProfile:"
 COMBO = ":sotopia.database.env_agent_combo_storage.EnvAgentComboStorage:"
 
-_TAG = "TAG SEPARATOR |"
+D = TypeVar("D", bound=BaseModel)
+
 _TAG = "TAG SEPARATOR |"
 
 # The index definitions of sotopia 0.1.4, spaces included: redis-om compares their hash with the one it kept, and
@@ -111,10 +115,8 @@ def profiles_of(db: Any, logs: Iterable[Document]) -> Profiles:
 
 def all_profiles(db: Any) -> Profiles:
     """Every profile that sotopia keeps."""
-    combos = [_Combo.model_validate(d) for d in documents(db, COMBO, _ids(db, COMBO)).values()]
-    relationships = [
-        _Relationship.model_validate(d) for d in documents(db, RELATIONSHIP, _ids(db, RELATIONSHIP)).values()
-    ]
+    combos = _valid(_Combo, COMBO, documents(db, COMBO, _ids(db, COMBO)).values())
+    relationships = _valid(_Relationship, RELATIONSHIP, documents(db, RELATIONSHIP, _ids(db, RELATIONSHIP)).values())
     return Profiles(
         _characters(db, _ids(db, AGENT)),
         _scenarios(db, _ids(db, ENVIRONMENT)),
@@ -132,18 +134,14 @@ def _ids(db: Any, prefix: str) -> list[str]:
 
 
 def _characters(db: Any, ids: Sequence[str]) -> dict[str, Character]:
-    fields = set(Character.model_fields) - {"id"}
-    return {
-        one: Character.model_validate({"id": one} | {k: v for k, v in document.items() if k in fields})
-        for one, document in documents(db, AGENT, ids).items()
-    }
+    found = _valid(_Agent, AGENT, documents(db, AGENT, ids).values())
+    return {agent.pk: Character(id=agent.pk, **agent.model_dump(exclude={"pk"})) for agent in found}
 
 
 def _scenarios(db: Any, ids: Sequence[str]) -> dict[str, Scenario]:
-    found = {one: _Environment.model_validate(d) for one, d in documents(db, ENVIRONMENT, ids).items()}
     return {
-        one: Scenario(
-            id=one,
+        e.pk: Scenario(
+            id=e.pk,
             codename=e.codename,
             source=e.source,
             description=e.scenario,
@@ -153,14 +151,40 @@ def _scenarios(db: Any, ids: Sequence[str]) -> dict[str, Scenario]:
             occupation_constraint=e.occupation_constraint or "",
             agent_constraint=json.dumps(e.agent_constraint) if e.agent_constraint else "",
         )
-        for one, e in found.items()
+        for e in _valid(_Environment, ENVIRONMENT, documents(db, ENVIRONMENT, ids).values())
     }
+
+
+def _valid(cls: type[D], prefix: str, found: Iterable[Document]) -> Iterator[D]:
+    """The documents that are what they should be; the others are named in the log."""
+    for document in found:
+        try:
+            yield cls.model_validate(document)
+        except ValidationError as error:
+            logger.warning("%s%s cannot be used: %s", prefix, document.get("pk"), error.errors()[0]["msg"])
 
 
 class _Stored(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     pk: str
+
+
+class _Agent(_Stored):
+    first_name: str
+    last_name: str
+    age: int = Field(default=0, ge=0)
+    occupation: str = ""
+    gender: str = ""
+    gender_pronoun: str = ""
+    public_info: str = ""
+    big_five: str = ""
+    moral_values: tuple[str, ...] = ()
+    schwartz_personal_values: tuple[str, ...] = ()
+    personality_and_values: str = ""
+    decision_making_style: str = ""
+    secret: str = ""
+    mbti: str = ""
 
 
 class _Environment(_Stored):
