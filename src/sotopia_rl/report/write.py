@@ -20,7 +20,7 @@ from sotopia_rl import __version__
 from sotopia_rl.episode import Episode, Rating, Seat, Turn, UtteranceReward
 from sotopia_rl.report import wording
 from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
-from sotopia_rl.report.reward_model import RewardModelView, reward_model_view
+from sotopia_rl.report.reward_model import reward_model_views
 from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, SystemSummary
 
 Curve = Sequence[Mapping[str, Any]]
@@ -37,6 +37,7 @@ class ReportInput:
     Attributes:
         curves: By training run, its metrics.
         reward_models: By name, the content of its `report.json`.
+        gate_min_spearman: The rank correlation that GRPO asked of them; None where there was no gate.
         episodes: Shown in full, each with its rating and the rewards of its utterances (which may be empty).
         provenance: Models, prompts, seeds, commands: names to values or to mappings of them.
         notes: Warnings printed on top.
@@ -46,6 +47,7 @@ class ReportInput:
     title: str = "Evaluation"
     curves: Mapping[str, Curve] = field(default_factory=dict)
     reward_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gate_min_spearman: float | None = None
     episodes: Sequence[tuple[Episode, Rating, Sequence[UtteranceReward]]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -255,7 +257,11 @@ def _markdown(report: ReportInput) -> str:
 
 def _shared(report: ReportInput) -> dict[str, Any]:
     results = report.results
-    models: dict[str, RewardModelView] = {name: reward_model_view(r) for name, r in report.reward_models.items()}
+    models = [
+        view
+        for name, data in report.reward_models.items()
+        for view in reward_model_views(name, data, gate_min_spearman=report.gate_min_spearman)
+    ]
     summaries: Sequence[SystemSummary] = results.systems
     return {
         "title": report.title,
