@@ -1,4 +1,8 @@
 import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +179,10 @@ def test_an_action_reads_the_same_by_number_and_by_name(kind, argument):
     number = np.int64(ACTION_TYPES.index(kind))
     assert read_action({"action_type": number, "argument": argument}) == expected
     assert read_action({"action_type": kind, "argument": argument}) == expected == read_action(expected)
+
+
+def test_the_documented_example_runs():
+    page = Path(__file__).parents[1] / "docs" / "sotopia-data.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    assert result.stdout.rstrip().endswith("left the conversation")
