@@ -253,7 +253,7 @@ def test_the_report_page_is_self_contained_and_escapes_utterances(tmp_path, capl
     assert "<svg" in page
     assert "<b>" not in page
     assert "&lt;/b&gt; &amp; more" in page
-    assert "http" not in page
+    assert "://" not in page
     assert "highest rewards" in text
     assert caplog.messages
 
