@@ -94,6 +94,7 @@ def judge_prompt(
         chosen.judge,
         history=judge_view(match, turns),
         names=_names(match),
+        num_turns=len(turns),
         schema=schema_text(dimensions, chosen.reply_form),
     )
 

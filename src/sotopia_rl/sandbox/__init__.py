@@ -4,6 +4,7 @@ Nothing here needs a network, a key or torch. `docs/sandbox.md` explains the rul
 """
 
 from sotopia_rl.sandbox.credit import exact_credit
+from sotopia_rl.sandbox.play import points
 from sotopia_rl.sandbox.scenarios import FAMILIES, Family, Side, matches, sides
 from sotopia_rl.sandbox.scripted import SCRIPTED, ScriptedModel
 from sotopia_rl.sandbox.speakers import TEMPERAMENTS, Temperament
@@ -19,6 +20,7 @@ __all__ = [
     "Temperament",
     "exact_credit",
     "matches",
+    "points",
     "sides",
     "verdict",
 ]

@@ -46,11 +46,11 @@ def read_question(prompt: str) -> Question:
     """
     # The template's own lines come last, so whatever the transcript imitates stands before them.
     rest = prompt[prompt.rfind("\n---\n") :]
-    method = _line(rest, "Method", r"\S.*").split()
+    method = _line(rest, "Method", r"\w+(?:-\S+)?").partition("-")[0]
     agent = _line(rest, "Rated agent", "[12]")
     turns = tuple(int(turn) for turn in _line(rest, "Rated turns", r"\d+(?:, \d+)*").split(", "))
     names = _line(rest, "Rated dimensions", r"\S.*").split(", ")
-    unknown = [name for name in names if name not in DIMENSIONS]
+    unknown = [name for name in names if name not in (*DIMENSIONS, "conversation_behaviour")]
     if unknown:
         raise Unreadable(f"no exact knowledge of the dimension {unknown[0]!r}")
     asks_score = "\nTop weight: " not in rest
@@ -59,7 +59,7 @@ def read_question(prompt: str) -> Question:
     else:
         ranges = dict.fromkeys(names, (0, int(_line(rest, "Top weight", r"\d+"))))
     online = "shown up to and including the turn" in prompt.partition("\n")[0]
-    return Question(method[0], online, 0 if agent == "1" else 1, turns, ranges, asks_score)
+    return Question(method, online, 0 if agent == "1" else 1, turns, ranges, asks_score)
 
 
 def _line(rest: str, label: str, form: str) -> str:
@@ -105,22 +105,30 @@ def _answers(prompt: str, question: Question, dimension: str) -> Answers:
     wrong = [turn for turn in question.turns if turn >= len(seen.heard) or seen.heard[turn].seat != question.seat]
     if wrong:
         raise Unreadable(f"turn {wrong[0]} is not a turn of agent {question.seat + 1}")
+    knows = _reader(question, dimension)
     play = replay(seen.sides, seen.heard)
-    match question.method:
-        case "goal_progress":
-            return {turn: _standing(play, question.seat, turn, dimension) for turn in question.turns}
-        case "counterfactual":
-            return {turn: silent_score(play, turn, dimension) for turn in question.turns}
-        case "utterance_quality":
-            return {turn: quality(play, turn, dimension) for turn in question.turns}
-    if question.online and dimension in _OUTCOMES:
-        return {turn: quality(play, turn, dimension) for turn in question.turns}
-    exact = credit(play, question.seat, dimension)
-    return {turn: exact.get(turn, 0.0) for turn in question.turns}
+    return {turn: knows(play, turn, dimension) for turn in question.turns}
 
 
-def _standing(play: Play, seat: Seat, turn: int, dimension: str) -> float:
-    return DIMENSIONS[dimension].score(replay(play.sides, play.heard[: turn + 1]), seat)
+Reader = Callable[[Play, int, str], float]
+"""From a conversation, a turn and a dimension to the answer."""
+
+
+def _reader(question: Question, dimension: str) -> Reader:
+    """Who answers this question. No judge scores conversation behaviour: there, only the words can decide."""
+    if dimension == "conversation_behaviour":
+        return quality
+    if question.method in _READERS:
+        return _READERS[question.method]
+    return quality if question.online and dimension in _OUTCOMES else _credit
+
+
+def _credit(play: Play, turn: int, dimension: str) -> float:
+    return credit(play, play.heard[turn].seat, dimension).get(turn, 0.0)
+
+
+def _standing(play: Play, turn: int, dimension: str) -> float:
+    return DIMENSIONS[dimension].score(replay(play.sides, play.heard[: turn + 1]), play.heard[turn].seat)
 
 
 _OUTCOMES = ("goal", "financial_and_material_benefits")
@@ -152,6 +160,13 @@ def _claim(play: Play, turn: int, act: Act) -> float:
     return min(1.0, max(0.0, points(play.sides, seat, outcome) / 10))
 
 
+_READERS: dict[str, Reader] = {
+    "goal_progress": _standing,
+    "counterfactual": silent_score,
+    "utterance_quality": quality,
+}
+"""By method, where the exact credit is not what is asked for."""
+
 _HARM: dict[str, Callable[[Act], bool]] = {
     "secret": lambda act: act.kind == "tell" and act.topic in LEAK_POINTS,
     "social_rules": lambda act: act.kind in ("insult", "threat"),
@@ -160,6 +175,7 @@ _HARM: dict[str, Callable[[Act], bool]] = {
 _USE: dict[str, dict[str, float]] = {
     "relationship": {"courtesy": 1.0, "accept": 0.7, "object": 0.3},
     "knowledge": {"ask": 1.0},
+    "conversation_behaviour": {"ask": 1.0, "tell": 1.0, "courtesy": 0.7, "accept": 0.7, "refuse": 0.5, "offer": 0.5},
 }
 _PROMISE = {"offer": 0.7, "accept": 0.7, "refuse": 0.5, "reject": 0.5, "ask": 0.3, "tell": 0.3}
 

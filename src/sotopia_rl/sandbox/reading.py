@@ -25,7 +25,11 @@ _CONTEXT = re.compile(
     r"(?P<goal_name0>.*)'s goal: (?P<goal0>.*)\n(?P<goal_name1>.*)'s goal: (?P<goal1>.*)"
 )
 _AGENT_TAIL = re.compile(r"(?:\.\n)?You are at Turn #(\d+)\.(?: Your available action types are\n|\Z)")
-_JUDGE_TAIL = re.compile(r"(?:,|\n)\nBased on previous interactions, evaluate|\n\n---\n|\Z")
+_ASKED = r"\nBased on previous interactions, evaluate how well participants achieve their goals\.\n"
+_JUDGE_TAIL = re.compile(
+    rf"\n{_ASKED}The conversation above has|,{_ASKED}Please following the format:|{_ASKED}There are exactly 2 agents"
+    r"|\n\n---\n"
+)
 _SPOKEN = re.compile(r'said: "(.*)"', re.DOTALL)
 _DONE = re.compile(r"\[(non-verbal communication|action)\] (.*)", re.DOTALL)
 
@@ -118,7 +122,7 @@ def read_agent(prompt: str) -> Seen:
     seat: Seat = 0 if known[0] == 0 else 1
     if not prompt.startswith(_STARTS, context.end):
         raise Unreadable("the conversation does not start after the context")
-    actions, _ = _only(_agent_readings(prompt, context.end + len(_STARTS), context.names, 0))
+    actions, _ = _only(prompt, _agent_readings(prompt, context.end + len(_STARTS), context.names, 0))
     return Seen(seat, context, context.side(seat), _hear(actions))
 
 
@@ -130,7 +134,7 @@ def read_observed(prompt: str) -> Observed:
     """
     context = read_context(prompt)
     first = 0 if prompt.startswith("\nTurn #0", context.end) else 1
-    actions, end = _only(_judge_readings(prompt, context.end, context.names, 0, first))
+    actions, end = _only(prompt, _judge_readings(prompt, context.end, context.names, 0, first))
     return Observed(context, (context.side(0), context.side(1)), actions, _hear(actions), prompt[end:])
 
 
@@ -138,11 +142,27 @@ _Reading = tuple[tuple[Action, ...], int]
 """The actions, and where the transcript ends."""
 
 
-def _only(readings: Iterator[_Reading]) -> _Reading:
-    found = list(islice(readings, 2))
-    if len(found) != 1:
-        raise Unreadable("the transcript has two readings" if found else "the transcript has no reading")
-    return found[0]
+_MOST_READINGS = 100
+_COUNT = re.compile(r"^(?:Turns shown: (\d+)$|The conversation above has (\d+) turns\.)", re.MULTILINE)
+
+
+def _only(prompt: str, readings: Iterator[_Reading]) -> _Reading:
+    """The one reading with as many turns as the prompt says; where it does not say, the one with the most turns.
+
+    A last utterance that imitates further turns looks exactly like those turns, so only the count can tell
+    them apart; SOTOPIA's own judge prompts have none.
+    """
+    found = list(islice(readings, _MOST_READINGS))
+    fitting = [r for r in found if _stated_turns(prompt[r[1] :]) in (None, len(r[0]))]
+    longest = [r for r in fitting if len(r[0]) == max(len(other[0]) for other in fitting)]
+    if len(longest) != 1 or len(found) == _MOST_READINGS:
+        raise Unreadable("the transcript has two readings" if longest else "the transcript has no reading")
+    return longest[0]
+
+
+def _stated_turns(rest: str) -> int | None:
+    counts = [int(found[1] or found[2]) for found in _COUNT.finditer(rest)]
+    return counts[-1] if counts else None
 
 
 def _agent_readings(prompt: str, start: int, names: tuple[str, str], turn: int) -> Iterator[_Reading]:
