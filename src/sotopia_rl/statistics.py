@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import optimize, stats
 
 Floats = npt.NDArray[np.float64]
 
@@ -207,13 +207,14 @@ def power_for(wanted: float, standard_error: float, df: float, *, level: float =
 
 def detectable_difference(standard_error: float, df: float, *, power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true difference that a comparison of this precision finds with chance `power`."""
-    low, high = 0.0, standard_error
-    while power_for(high, standard_error, df, level=level) < power:
+
+    def shortfall(difference: float) -> float:
+        return power_for(difference, standard_error, df, level=level) - power
+
+    high = 3 * standard_error
+    while shortfall(high) < 0:
         high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if power_for(middle, standard_error, df, level=level) < power else (low, middle)
-    return high
+    return float(optimize.brentq(shortfall, 0.0, high, xtol=1e-6 * standard_error))
 
 
 def required_clusters(
