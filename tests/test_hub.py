@@ -137,3 +137,29 @@ def test_a_target_that_is_a_file_is_refused(tmp_path):
     with serving(sotopia_pi()) as hub, pytest.raises(DataError, match="cannot be written"):
         pull("sotopia-pi", target, endpoint=hub.endpoint)
     assert target.read_text() == "here already"
+
+
+def sotopia_rl(*arguments: str, endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {"HF_ENDPOINT": endpoint, "HOME": str(folder), "PATH": "", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "sotopia_rl.cli", *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_the_files_and_the_licence(tmp_path):
+    with serving(sotopia_pi()) as hub:
+        done = sotopia_rl("data", "pull", "sotopia-pi", endpoint=hub.endpoint, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["data/sotopia-pi/README.md", "data/sotopia-pi/sotopia_pi_episodes.jsonl"]
+    assert lines[2].startswith(f"cmu-lti/sotopia-pi at {COMMIT[:12]}: ")
+    assert lines[2].endswith("Licence: CC-BY-SA-4.0.")
+    assert (tmp_path / lines[1]).read_bytes() == EPISODES
+
+
+def test_the_command_fails_in_one_line(tmp_path):
+    with serving(sotopia_pi(refusal=(503, ""))) as hub:
+        failed = sotopia_rl("data", "pull", "sotopia-pi", endpoint=hub.endpoint, folder=tmp_path)
+        unknown = sotopia_rl("data", "pull", "sotopia-phi", endpoint=hub.endpoint, folder=tmp_path)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.splitlines()[-1].startswith("sotopia-rl: cmu-lti/sotopia-pi: ")
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)

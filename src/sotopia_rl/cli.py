@@ -53,7 +53,7 @@ for _name, _help in {
 app.command(episodes)
 
 data = App(name="data", help="Get published data sets.", group=_DATA)
-data.command("sotopia_rl.commands.episodes:pull", name="pull", help="Download a published data set from the hub.")
+data.command("sotopia_rl.commands.datasets:pull", name="pull", help="Download a published data set from the hub.")
 app.command(data)
 
 

@@ -113,10 +113,10 @@ def pull(
         chosen = _choose(listed, wanted.files if files is None else files, wanted.repo_id)
         paths = []
         for file_name in chosen:
-            path = hf_hub_download(
+            hf_hub_download(
                 wanted.repo_id, file_name, repo_type="dataset", revision=commit, local_dir=target, endpoint=endpoint
             )
-            paths.append(_checked(Path(path), listed[file_name]))
+            paths.append(_checked(target / file_name, listed[file_name]))
     return Pulled(wanted, commit, tuple(paths))
 
 
