@@ -139,6 +139,7 @@ def test_ratings_are_chosen_by_judge(store):
     assert [r.judge for _, r in store.rated(judge="j2")] == ["j2"] * 3
     assert [r.judge for r in store.ratings(episodes[0].id)] == ["j1", "j2", "j3"]
     assert store.rated_ids("j3") == {episodes[0].id}
+    assert store.judges() == {"j1": 3, "j2": 3, "j3": 1}
 
 
 def test_attributions_are_chosen_by_method_and_annotator(store):

@@ -199,6 +199,7 @@ def test_an_export_that_finds_the_disk_full_keeps_the_older_file(tmp_path, layou
     assert done.stderr == ""
     assert "cannot be written (File too large)" in done.stdout
     assert path.read_text() == "older"
+    assert [p.name for p in tmp_path.glob("*.part")] == []
 
 
 def test_a_jsonl_store_on_a_full_disk_keeps_whole_lines(tmp_path):

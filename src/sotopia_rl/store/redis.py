@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -270,10 +271,7 @@ class RedisStore:
         return len(self.ids(query))
 
     def tags(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for summary in self._all_summaries():
-            counts[summary.tag] = counts.get(summary.tag, 0) + 1
-        return dict(sorted(counts.items()))
+        return dict(sorted(Counter(summary.tag for summary in self._all_summaries()).items()))
 
     def delete_episodes(self, ids: Iterable[str]) -> int:
         deleted = 0
@@ -316,6 +314,9 @@ class RedisStore:
 
     def rated_ids(self, judge: str) -> set[str]:
         return {episode_id for episode_id, key, _ in self._said("ratings", None) if key == judge}
+
+    def judges(self) -> dict[str, int]:
+        return dict(sorted(Counter(judge for _, judge, _ in self._said("ratings", None)).items()))
 
     def add_attribution(self, attribution: Attribution) -> None:
         self.add_attributions((attribution,))

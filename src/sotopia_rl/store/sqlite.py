@@ -246,6 +246,9 @@ class SQLiteStore:
     def rated_ids(self, judge: str) -> set[str]:
         return {row[0] for row in self._rows("SELECT episode_id FROM ratings WHERE judge = ?", (judge,))}
 
+    def judges(self) -> dict[str, int]:
+        return dict(self._rows("SELECT judge, count(*) FROM ratings GROUP BY judge ORDER BY judge"))
+
     # Attributions
 
     def add_attribution(self, attribution: Attribution) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -99,8 +100,7 @@ def export_jsonl(source: EpisodeStore, path: Path, query: EpisodeQuery = EVERYTH
         StoreError: The file cannot be written; an older one in its place is kept.
     """
     report = TransferReport()
-    part = _part(path)
-    with JsonlWriter(part, start=True) as writer:
+    with _written_whole(path) as part, JsonlWriter(part, start=True) as writer:
         for whole in _wholes(source, query):
             original = (whole.original,) if whole.original else ()
             for record in (whole.episode, *original, *whole.ratings, *whole.attributions):
@@ -111,7 +111,6 @@ def export_jsonl(source: EpisodeStore, path: Path, query: EpisodeQuery = EVERYTH
         for entry in _failures(source, query):
             writer.write(entry)
             report.failures += 1
-    _move(part, path)
     return report
 
 
@@ -162,16 +161,11 @@ def export_sotopia(
         StoreError: The file cannot be written; an older one in its place is kept.
     """
     report = TransferReport()
-    part = _part(path)
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for whole in _wholes(source, query):
-                line = _sotopia_line(whole, judge, report)
-                if line:
-                    file.write(line + "\n")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); free some space and run again") from error
-    _move(part, path)
+    with _written_whole(path) as part, part.open("w", encoding="utf-8") as file:
+        for whole in _wholes(source, query):
+            line = _sotopia_line(whole, judge, report)
+            if line:
+                file.write(line + "\n")
     return report
 
 
@@ -278,22 +272,22 @@ def export_file(
     return export_jsonl(source, path, query)
 
 
-def _part(path: Path) -> Path:
-    """Where a file is written until it is whole."""
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place when it is whole, and goes away if it never is."""
+    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path}: its folder cannot be made ({error.strerror}); give another path") from error
-    return path.with_name(f"{path.name}.part")
-
-
-def _move(part: Path, path: Path) -> None:
-    try:
+        yield part
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); give another path") from error
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}); free some space or give another path, and run again"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:
