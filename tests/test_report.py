@@ -28,7 +28,7 @@ from sotopia_rl.evaluate import evaluate, load_results
 from sotopia_rl.report import ReportInput, results_table, write_report
 from sotopia_rl.report.charts import Line, Span, forest, line_chart, round_ticks, slopes
 from sotopia_rl.report.wording import answer, headline_pair, interval, plain, signed, split_sentence
-from sotopia_rl.report.write import curve_charts
+from sotopia_rl.report.write import curve_view
 
 OVER = manifest()
 TIMEOUT = Failure(kind="timeout", message="no reply in 30 s", turn=2)
@@ -367,15 +367,21 @@ def test_curves_leave_out_what_is_no_number():
         {"step": 2, "loss": None},
         {"step": 3, "loss": 0.5},
     ]
-    (chart,) = curve_charts(lines)
+    (chart,) = curve_view(lines).charts
     assert chart.title == "Loss"
     assert "[[0.0,1.0," in unescape(chart.svg)
     assert "NaN" not in chart.svg
 
 
+def test_a_warning_of_a_run_is_shown_with_its_step():
+    view = curve_view([{"step": 4, "reward": 1.0, "loss": 0.0}, {"step": 5, "warning": "the policy collapses"}])
+    assert view.warnings == ["Step 5: the policy collapses"]
+    assert [chart.title for chart in view.charts] == ["Reward"]
+
+
 def test_long_curves_are_thinned_and_smoothed():
     rng = random.Random(0)
-    (chart,) = curve_charts([{"step": i, "loss": rng.random()} for i in range(5000)])
+    (chart,) = curve_view([{"step": i, "loss": rng.random()} for i in range(5000)]).charts
     assert "smoothed" in chart.svg
     assert len(chart.svg) < 60_000
 
@@ -439,7 +445,7 @@ def test_the_page_works_in_chromium(page, tmp_path, width):
     dom, console = chromium(path, tmp_path, f"--window-size={width},900")
     assert console == []
     found = json.loads(unescape(re.search(r'data-found="([^"]*)"', dom).group(1)))
-    assert re.match(r"step \d+loss", found["readout"])
+    assert re.match(r"step \d+training", found["readout"])
     assert found["readoutVisible"] == "visible"
     assert found["keyboard"].startswith("step ")
     assert (found["tipBefore"], found["tipFocused"]) == ("hidden", "visible")

@@ -176,32 +176,43 @@ def slope_chart(results: Results) -> Chart | None:
     return Chart(title, slopes(ranked, title=title))
 
 
-CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Loss", ("loss", "train_loss", "eval_loss")),
-    ("Reward", ("reward", "eval_reward")),
-    ("Score by the judge", ("judge", "eval_judge", "judge_score")),
-    ("Valid replies, share", ("validity", "valid", "valid_share")),
-    ("KL from the reference", ("kl",)),
-    ("Entropy, nats per token", ("entropy",)),
-    ("Reply length, tokens", ("length", "completion_length", "mean_length", "completions/mean_length")),
-    ("Leaked secrets, share", ("leaks", "secret_leaks", "leak_share")),
-    ("Token accuracy", ("accuracy", "mean_token_accuracy", "eval_mean_token_accuracy")),
-    ("Learning rate", ("learning_rate",)),
+CURVES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Loss", {"loss": "training", "eval_loss": "held out"}),
+    ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
+    ("Reward", {"reward": "after the validity gate", "reward_model_score": "by the reward model"}),
+    ("Score by the judge", {"eval_score": "held out"}),
+    ("Valid replies, share", {"validity": "valid"}),
+    ("KL from the reference", {"kl": "KL"}),
+    ("Entropy, nats per token", {"entropy": "entropy"}),
+    ("Reply length, tokens", {"length": "tokens"}),
+    ("Replies cut off, share", {"cut_off": "cut off"}),
+    ("Leaked secrets, share", {"secret_leaks": "leaks"}),
+    ("Groups without signal, share", {"groups_without_signal": "without signal"}),
 )
-"""Charts of a training run: title, and the metrics drawn in it."""
+"""Charts of a training run: title, and the metrics drawn in it with their labels."""
 
 
-def curve_charts(curve: Curve) -> list[Chart]:
-    """The known metrics of one run; those it lacks are left out."""
+@dataclass(frozen=True)
+class CurveView:
+    """One training run: its charts, and what it warned of."""
+
+    charts: Sequence[Chart]
+    warnings: Sequence[str]
+
+
+def curve_view(curve: Curve) -> CurveView:
+    """The known metrics of one run; those it lacks are left out, and so is GRPO's loss, which says nothing."""
+    reinforced = any("reward" in entry for entry in curve)
     charts = []
-    for title, names in CURVES:
-        series = {name: points for name in names if (points := _points(curve, name))}
-        if not series:
+    for title, labels in CURVES:
+        series = {label: points for name, label in labels.items() if (points := _points(curve, name))}
+        if not series or (reinforced and title == "Loss"):
             continue
-        lines = [line for place, (name, points) in enumerate(series.items()) for line in _lines(name, points, place)]
-        svg = line_chart(lines, title=title, x_label="step")
-        charts.append(Chart(title, svg, [(i, name) for i, name in enumerate(series)] if len(series) > 1 else ()))
-    return charts
+        lines = [line for place, (label, points) in enumerate(series.items()) for line in _lines(label, points, place)]
+        names = list(enumerate(series)) if len(series) > 1 else ()
+        charts.append(Chart(title, line_chart(lines, title=title, x_label="step"), names))
+    warnings = [f"Step {entry.get('step')}: {entry['warning']}" for entry in curve if entry.get("warning")]
+    return CurveView(charts, warnings)
 
 
 def _points(curve: Curve, name: str) -> list[Point]:
@@ -245,7 +256,7 @@ def _page(report: ReportInput) -> str:
             css=Markup(_source("page.css")),  # noqa: S704  our own files
             js=Markup(_source("page.js")),  # noqa: S704
             slopes=slope_chart(results),
-            curves={name: charts for name, curve in report.curves.items() if (charts := curve_charts(curve))},
+            curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
             episodes=[episode_view(*shown) for shown in report.episodes],
         )
     )
