@@ -57,12 +57,7 @@ class Endpoint:
     """
 
     def __init__(self, url: str, limits: ModelLimits, *, variable: str) -> None:
-        try:
-            self.address = URL(f"{url}/chat/completions")
-        except ValueError as error:
-            raise ConfigError(f"{url}: not a URL ({error})") from error
-        if not self.address.host:
-            raise ConfigError(f"{url}: not a URL (it names no host)")
+        self.address = URL(f"{url}/chat/completions")
         self.url = url
         self.variable = variable
         self.limits = limits

@@ -26,7 +26,7 @@ from sotopia_rl.episode import Sampling, Usage
 from sotopia_rl.errors import ConfigError, MissingExtraError, ModelCallError
 from sotopia_rl.llm.constraint import SchemaCompiler
 from sotopia_rl.llm.decode import Row, decode
-from sotopia_rl.llm.folders import check_adapter, check_model_folder
+from sotopia_rl.llm.folders import check_adapter, check_model_folder, quiet_loading
 from sotopia_rl.llm.limits import ModelLimits, Tally
 from sotopia_rl.models import JsonSchema, Message, Reply
 
@@ -187,14 +187,12 @@ class _Loaded:
     def load(cls, path: Path, limits: ModelLimits) -> Self:
         device = limits.device if limits.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         check_model_folder(path)
+        # bfloat16 is many times slower than float32 on a CPU
+        dtype: Any = torch.float32 if device == "cpu" else "auto"
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                # bfloat16 is many times slower than float32 on a CPU
-                path,
-                dtype=torch.float32 if device == "cpu" else "auto",
-                local_files_only=True,
-            )
+            with quiet_loading():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+                model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ConfigError(f"local/{path}: not a loadable model ({_first_line(error)})") from error
         if not tokenizer.chat_template:

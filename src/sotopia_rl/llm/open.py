@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
 from sotopia_rl.errors import ConfigError, MissingExtraError
 from sotopia_rl.llm.folders import check_adapter, check_model_folder
@@ -89,6 +90,13 @@ def _parse_custom(text: str, rest: str) -> CustomName:
             f"custom/{match['name']}: the URL holds a user, a password or a query; write http://host:port/v1 "
             "and put the key into the environment"
         )
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"{text!r}: {url} is not a URL; write http://host:port/v1")
     return CustomName(match["name"], url)
 
 

