@@ -19,7 +19,7 @@ from typing import Literal
 from sotopia_rl.dimensions import SOTOPIA_DIMENSIONS, Dimension, ReplyForm, schema_text
 from sotopia_rl.episode import ACTION_TYPES, Action, Character, Match, Scenario, Seat, Turn
 from sotopia_rl.errors import ConfigError, DataError
-from sotopia_rl.prompts import render
+from sotopia_rl.prompts import frame, render
 
 Viewer = Seat | Literal["environment"]
 """Who is looking; the environment, for whom the judge stands, sees everything."""
@@ -51,6 +51,9 @@ PROFILES: dict[str, Profile] = {profile.name: profile for profile in _PROFILES}
 """By name."""
 
 
+_ACTIONS = " ".join(ACTION_TYPES)
+
+
 def get_profile(name: str) -> Profile:
     """The profile called `name`.
 
@@ -72,13 +75,9 @@ def agent_prompt(match: Match, turns: Sequence[Turn], seat: Seat, *, profile: st
     chosen = get_profile(profile)
     names = _names(match)
     observations = [observation_text(turn, names[turn.seat]) for turn in turns]
-    return render(
-        chosen.agent,
-        name=names[seat],
-        history="\n".join([opening_context(match, seat, profile=profile), *observations]),
-        turn=len(turns),
-        actions=" ".join(ACTION_TYPES),
-    )
+    history = "\n".join([opening_context(match, seat, profile=profile), *observations])
+    before, between, after = frame(chosen.agent, ("history", "turn"), name=names[seat], actions=_ACTIONS)
+    return f"{before}{history}{between}{len(turns)}{after}"
 
 
 def judge_prompt(

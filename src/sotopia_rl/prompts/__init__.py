@@ -6,7 +6,7 @@ never read as markup.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
@@ -14,9 +14,23 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from sotopia_rl.episode import sha256_text
 
 
+_BLANK = "\x00"
+
+
 def render(name: str, /, **values: object) -> str:
     """The prompt of file `name` with `values` filled in."""
     return template(name).render(values)
+
+
+@lru_cache(maxsize=1024)
+def frame(name: str, blanks: tuple[str, ...], /, **values: str) -> tuple[str, ...]:
+    """The prompt of file `name` as the texts around `blanks`, variables that it names once each and in this order.
+
+    For prompts that are filled in at every turn: joining texts takes a tenth of the time of rendering.
+    """
+    texts = tuple(template(name).render(values, **dict.fromkeys(blanks, _BLANK)).split(_BLANK))
+    assert len(texts) == len(blanks) + 1, f"{name} does not name {', '.join(blanks)} once each"
+    return texts
 
 
 @cache
