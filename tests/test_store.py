@@ -101,12 +101,12 @@ def filled(store):
 
 
 def test_iterating_reads_page_by_page_and_allows_writing_meanwhile(store):
-    store.add_episodes(episode(n) for n in range(450))
+    store.add_episodes(episode(n) for n in range(250))
     for number, found in enumerate(store.episodes()):
         store.add_rating(rating(found))
-        assert number < 450
-    assert len(list(store.rated())) == 450
-    assert len(list(store.ratings())) == 450
+        assert number < 250
+    assert len(list(store.rated())) == 250
+    assert len(list(store.ratings())) == 250
 
 
 def test_writing_the_same_again_changes_nothing(store):

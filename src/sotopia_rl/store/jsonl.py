@@ -145,8 +145,7 @@ def parse_record(path: Path, line: Line) -> Record:
     if cls is None:
         raise DataError(f"{path}:{line.number}: kind {line.data.get('kind')!r}; expected one of {', '.join(KINDS)}")
     try:
-        # In JSON's own mode: a list is a tuple there. The record is parsed once more, but only its part of the line.
-        return cls.model_validate_json(json.dumps(line.data.get("record"), ensure_ascii=False))
+        return cls.model_validate(line.data.get("record"))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "record"
@@ -171,14 +170,14 @@ class JsonlWriter:
         except OSError as error:
             raise self._told(error) from error
         if self._end == 0:
-            self._write({"kind": "header", "format": FORMAT, "schema_version": SCHEMA_VERSION})
+            self._write(json.dumps({"kind": "header", "format": FORMAT, "schema_version": SCHEMA_VERSION}))
 
     def write(self, record: Record) -> int:
         """Append one record; the offset of its line."""
-        return self._write({"kind": _KIND_OF[type(record)], "record": record.model_dump(mode="json")})
+        return self._write(f'{{"kind": "{_KIND_OF[type(record)]}", "record": {record.model_dump_json()}}}')
 
-    def _write(self, data: dict[str, Any]) -> int:
-        line = json.dumps(data, ensure_ascii=False).encode() + b"\n"
+    def _write(self, text: str) -> int:
+        line = text.encode() + b"\n"
         start = self._end
         try:
             self._file.seek(start)
