@@ -13,7 +13,6 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from sotopia_rl.episode import sha256_text
 
-
 _BLANK = "\x00"
 
 
