@@ -106,10 +106,16 @@ class EpisodeView:
     episode: Episode
     rating: Rating
     turns: Sequence[TurnView]
+    agents: tuple[str, str]
+    """By seat: the system's name where the model is one of the systems, else the model string."""
 
     @property
     def seat(self) -> Seat:
         return self.episode.match.seat
+
+    @property
+    def greedy(self) -> bool:
+        return self.episode.agents[self.seat].sampling.temperature == 0
 
     @property
     def names(self) -> tuple[str, str]:
@@ -238,16 +244,20 @@ def _lines(name: str, points: list[Point], colour: int) -> list[Line]:
     return [Line(name, points, "faint", colour), Line(f"{name} (smoothed)", smooth, colour=colour)]
 
 
-def episode_view(episode: Episode, rating: Rating, rewards: Sequence[UtteranceReward]) -> EpisodeView:
-    """A conversation with each utterance's reward beside it."""
+def episode_view(
+    episode: Episode, rating: Rating, rewards: Sequence[UtteranceReward], systems: Mapping[str, str]
+) -> EpisodeView:
+    """A conversation with each utterance's reward beside it. `systems`: names by model string."""
     by_turn = {reward.turn: reward for reward in rewards if reward.episode_id == episode.id}
     names = [character.name for character in episode.match.characters]
     turns = [TurnView(turn, names[turn.seat], by_turn.get(turn.index)) for turn in episode.turns]
-    return EpisodeView(episode, rating, turns)
+    first, second = (systems.get(agent.model, agent.model) for agent in episode.agents)
+    return EpisodeView(episode, rating, turns, (first, second))
 
 
 def _page(report: ReportInput) -> str:
     results = report.results
+    systems = {s.model: s.system for s in results.systems}
     return (
         _environment(html=True)
         .get_template("page.html.jinja")
@@ -257,7 +267,7 @@ def _page(report: ReportInput) -> str:
             js=Markup(_source("page.js")),  # noqa: S704
             slopes=slope_chart(results),
             curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
-            episodes=[episode_view(*shown) for shown in report.episodes],
+            episodes=[episode_view(*shown, systems) for shown in report.episodes],
         )
     )
 
