@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -29,7 +30,6 @@ from sotopia_rl.episode import (
     other,
 )
 from sotopia_rl.errors import DataError
-from sotopia_rl.evaluate import Played
 from sotopia_rl.files import read_text, write_lines, write_text
 from sotopia_rl.judge import JudgeConfig, judge_all
 from sotopia_rl.llm.open import ModelPool
@@ -38,6 +38,9 @@ from sotopia_rl.models import ChatModel
 from sotopia_rl.reward import Credited, Normaliser, RewardConfig, fit_normaliser, utterance_rewards
 from sotopia_rl.simulate import Pairing, SimulateConfig, episode_id, simulate
 from sotopia_rl.store import EpisodeQuery, EpisodeStore
+
+if TYPE_CHECKING:
+    from sotopia_rl.evaluate import Played
 
 
 @dataclass
@@ -312,6 +315,8 @@ def system_specs(model: str, *, temperature: float, greedy: bool, max_tokens: in
 
 def load_played(system: str, manifest: Manifest, store: EpisodeStore, judge: str) -> Played:
     """What a system did over a manifest, from the store it was played and judged into."""
+    from sotopia_rl.evaluate import Played  # noqa: PLC0415 - scipy: 65 MB and a second that playing does not need
+
     failures = {item.partition("/")[0]: failure for _, item, failure in store.failures("judge")}
     ratings = {rating.episode_id: rating for rating in store.ratings(judge=judge)}
     return Played(system, manifest, list(store.episodes()), ratings, failures)
