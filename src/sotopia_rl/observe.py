@@ -127,6 +127,11 @@ def goal_text(match: Match, seat: Seat) -> str:
     return _visible(match.scenario.goals[seat], seat, where=match.scenario.id)
 
 
+def scenario_text(match: Match) -> str:
+    """Where the two meet, with everything that only the environment is told."""
+    return _visible(match.scenario.description, "environment", where=match.scenario.id)
+
+
 def observation_text(turn: Turn, name: str) -> str:
     """What both agents are told of a turn, once it is over. Of a silent turn they learn only that it passed."""
     done = "" if turn.action.action_type == "none" else f"{name} {action_text(turn.action)}"

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from sotopia_rl import __version__
 from sotopia_rl.episode import Episode, Rating, Seat, Turn, UtteranceReward
+from sotopia_rl.observe import goal_text, scenario_text
 from sotopia_rl.report import wording
 from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
 from sotopia_rl.report.reward_model import reward_model_views
@@ -108,6 +109,8 @@ class EpisodeView:
     turns: Sequence[TurnView]
     agents: tuple[str, str]
     """By seat: the system's name where the model is one of the systems, else the model string."""
+    scenario: str
+    goals: tuple[str, str]
 
     @property
     def seat(self) -> Seat:
@@ -252,7 +255,9 @@ def episode_view(
     names = [character.name for character in episode.match.characters]
     turns = [TurnView(turn, names[turn.seat], by_turn.get(turn.index)) for turn in episode.turns]
     first, second = (systems.get(agent.model, agent.model) for agent in episode.agents)
-    return EpisodeView(episode, rating, turns, (first, second))
+    match = episode.match
+    goals = (goal_text(match, 0), goal_text(match, 1))
+    return EpisodeView(episode, rating, turns, (first, second), scenario_text(match), goals)
 
 
 def _page(report: ReportInput) -> str:
