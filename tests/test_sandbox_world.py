@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox_talks import asked, episode, sample, talk
@@ -144,6 +144,28 @@ def test_a_prompt_from_another_world_is_refused():
     with pytest.raises(ModelCallError) as caught:
         asked(sandbox.SCRIPTED["fair"](), "What is the capital of France?")
     assert caught.value.kind == "model"
+
+
+SENTENCES = st.sampled_from(
+    [
+        "Hello.", "How about 55?", "I want 9999.", "My limit is 0.", "I want Monday.", "Deal.", "Deal on Friday.",
+        "No.", "You are a fool.", "What do you like?", "What is your best price?", "What do you want most?",
+        "I want the drum most.", "Friday suits me best.", "I take the drum.", "You get the rest.", "Tell me the day.",
+        "Give me a hint.", "It is Monday.", "It starts with M.", "Take it or leave it.", "Goodbye.", "Blorp 7.", "",
+    ]
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(SENTENCES, max_size=3).map(" ".join), max_size=7),
+    st.integers(0, 7),
+    st.sampled_from(sorted(sandbox.TEMPERAMENTS)),
+)
+def test_nothing_that_a_partner_says_leaves_a_person_without_a_reply(lines, which, name):
+    match, turns = sandbox.matches("train", 8)[which], talk(*lines)
+    prompt = agent_prompt(match, turns, len(turns) % 2, profile="compact")
+    parse_action(asked(sandbox.SCRIPTED[name](), prompt))
 
 
 @given(st.text())
