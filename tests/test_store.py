@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from real_redis import needs_redis, redis_server
 from sotopia_rl.errors import StoreError
 from sotopia_rl.store import EpisodeQuery, EpisodeSummary, Original, open_store
-from sotopia_rl.store.sotopia import log_document
+from sotopia_rl.store.sotopia_write import log_document
 from store_samples import FAILURE, attribution, episode, rating
 
 KINDS = ["db", "jsonl", pytest.param("redis", marks=needs_redis)]

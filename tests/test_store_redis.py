@@ -15,8 +15,8 @@ from sotopia_data import FOLDER, needs_sotopia_data, profiles
 from sotopia_rl.episode import Match
 from sotopia_rl.errors import StoreError
 from sotopia_rl.store import copy, export_file, import_file, open_store
-from sotopia_rl.store.sotopia import line_document, log_document
 from sotopia_rl.store.sotopia_redis import EPISODE_LOG, schema
+from sotopia_rl.store.sotopia_write import line_document, log_document
 from store_samples import FAILURE, attribution, episode, rating
 
 redis = pytest.importorskip("redis", reason="the redis extra is not installed")

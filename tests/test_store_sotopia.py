@@ -10,7 +10,8 @@ from sotopia_data import FOLDER, needs_sotopia_data, profiles
 from sotopia_rl.episode import ACTION_TYPES, Rating, Score
 from sotopia_rl.errors import DataError
 from sotopia_rl.profiles import Profiles
-from sotopia_rl.store.sotopia import LeftOutError, line_document, log_document, read_document
+from sotopia_rl.store.sotopia_read import LeftOutError, read_document
+from sotopia_rl.store.sotopia_write import line_document, log_document
 from store_samples import ANN, BEN, DIMENSIONS, FAILURE, episode, provenance, rating
 
 KNOWN = Profiles({c.id: c for c in (ANN, BEN)}, {}, (), ())

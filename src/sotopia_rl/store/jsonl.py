@@ -2,7 +2,7 @@
 
 The first line is a header, `{"kind": "header", "format": "sotopia-rl", "schema_version": 1}`; every other line is
 `{"kind": K, "record": {...}}`, K one of `KINDS`. A later line replaces an earlier one of the same key. Two files may be
-joined with `cat`. SOTOPIA's own lines are another form: see `sotopia.py`.
+joined with `cat`. SOTOPIA's own lines are another form: see `sotopia_read.py`.
 """
 
 from __future__ import annotations

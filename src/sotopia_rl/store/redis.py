@@ -25,6 +25,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -35,7 +36,7 @@ from pydantic import ValidationError
 from sotopia_rl.episode import SCHEMA_VERSION, Attribution, Episode, Failure, Rating, Record
 from sotopia_rl.errors import DataError, MissingExtraError, StoreError
 from sotopia_rl.profiles import Profiles
-from sotopia_rl.store import sotopia, sotopia_redis
+from sotopia_rl.store import sotopia_redis
 from sotopia_rl.store.interface import (
     EVERYTHING,
     AttributionKey,
@@ -44,6 +45,8 @@ from sotopia_rl.store.interface import (
     Original,
     conversation_sha256,
 )
+from sotopia_rl.store.sotopia_read import LeftOutError, read_document
+from sotopia_rl.store.sotopia_write import log_document
 from sotopia_rl.store.transfer import TransferReport
 
 try:
@@ -60,6 +63,20 @@ PAGE = 200
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is there of one episode."""
+
+    episode: Episode | None
+    ratings: dict[str, Rating]
+    """By judge. A log of ours that is made anew takes the first."""
+    original: Original | None
+    log_judge: str | None
+    """Whose scores the EpisodeLog holds."""
+    log_is_theirs: bool
+    """There is an EpisodeLog, and it is not of our making."""
 
 
 class RedisStore:
@@ -171,8 +188,8 @@ class RedisStore:
         for pk, document in documents.items():
             where = f"{self.where} {sotopia_redis.EPISODE_LOG}{pk}"
             try:
-                item = sotopia.read_document(document, where=where, known=profiles)
-            except sotopia.LeftOutError as error:
+                item = read_document(document, where=where, known=profiles)
+            except LeftOutError as error:
                 report.left_out[error.cause] += 1
                 continue
             except DataError as error:
@@ -193,18 +210,38 @@ class RedisStore:
         with self._errors_told():
             return sotopia_redis.all_profiles(self._db)
 
-    def _update_log(self, pipeline: Any, episode: Episode, new: Rating | None = None) -> None:
+    def _held(self, ids: Sequence[str]) -> dict[str, _Held]:
+        """What is there of some episodes, in one round trip."""
+        pipeline = self._db.pipeline(transaction=False)
+        for one in ids:
+            pipeline.get(_episode_key(one))
+            pipeline.hgetall(_ratings_key(one))
+            pipeline.hget(ORIGINALS, one)
+            pipeline.execute_command("JSON.GET", sotopia_redis.EPISODE_LOG + one, "$.models[0]")
+            pipeline.sismember(LOGS, one)
+        with self._errors_told():
+            answers = iter(pipeline.execute())
+        found = {}
+        for one in ids:
+            text, ratings, original, judge, ours = islice(answers, 5)
+            found[one] = _Held(
+                episode=self._read(Episode, text, f"episode {one}") if text else None,
+                ratings={name: self._read(Rating, of, f"rating of {one}") for name, of in sorted(ratings.items())},
+                original=self._read(Original, original, f"original of {one}") if original else None,
+                log_judge=(json.loads(judge) or [None])[0] if judge else None,
+                log_is_theirs=bool(judge) and not ours,
+            )
+        return found
+
+    def _update_log(self, pipeline: Any, episode: Episode, held: _Held) -> None:
         """Bring the EpisodeLog in line with our records: made, replaced, or removed where there can be none."""
+        if held.log_is_theirs:
+            return
         key = sotopia_redis.EPISODE_LOG + episode.id
-        held = self._db.execute_command("JSON.GET", key, "$.models[0]")
-        if held and not self._db.sismember(LOGS, episode.id):
-            return  # sotopia's own
-        ratings = {rating.judge: rating for rating in (*self.ratings(episode.id), *((new,) if new else ()))}
-        judge = (json.loads(held) or [None])[0] if held else None
-        rating = ratings.get(judge) or next(iter(ratings.values()), None)
+        rating = held.ratings.get(held.log_judge or "") or next(iter(held.ratings.values()), None)
         try:
-            document = sotopia.log_document(episode, rating, self.original(episode.id))
-        except sotopia.LeftOutError:
+            document = log_document(episode, rating, held.original)
+        except LeftOutError:
             pipeline.delete(key)
             pipeline.srem(LOGS, episode.id)
             return
@@ -220,16 +257,15 @@ class RedisStore:
     def add_episodes(self, episodes: Iterable[Episode]) -> int:
         written = 0
         for batch in _batches(episodes):
-            with self._errors_told():
-                old = self._db.mget([_episode_key(episode.id) for episode in batch])
+            held = self._held([episode.id for episode in batch])
             with self._writing() as pipeline:
-                for episode, text in zip(batch, old, strict=True):
-                    before = self._read(Episode, text, f"episode {episode.id}") if text else None
+                for episode in batch:
+                    before = held[episode.id].episode
                     _put_episode(pipeline, episode)
                     if before and conversation_sha256(before) != conversation_sha256(episode):
                         _drop(pipeline, episode.id)
                     else:
-                        self._update_log(pipeline, episode)
+                        self._update_log(pipeline, episode, held[episode.id])
             written += len(batch)
         return written
 
@@ -292,14 +328,16 @@ class RedisStore:
 
     def add_ratings(self, ratings: Iterable[Rating]) -> int:
         written = 0
-        for rating in ratings:
+        for batch in _batches(ratings):
+            held = self._held(sorted({rating.episode_id for rating in batch}))
             with self._writing() as pipeline:
-                pipeline.hset(_ratings_key(rating.episode_id), rating.judge, rating.model_dump_json())
-                text = self._db.get(_episode_key(rating.episode_id))
-                if text is not None:
-                    episode = self._read(Episode, text, f"episode {rating.episode_id}")
-                    self._update_log(pipeline, episode, rating)
-            written += 1
+                for rating in batch:
+                    pipeline.hset(_ratings_key(rating.episode_id), rating.judge, rating.model_dump_json())
+                    held[rating.episode_id].ratings[rating.judge] = rating
+                for state in held.values():
+                    if state.episode:
+                        self._update_log(pipeline, state.episode, state)
+            written += len(batch)
         return written
 
     def ratings(self, episode_id: str | None = None, *, judge: str | None = None) -> Iterator[Rating]:

@@ -21,7 +21,8 @@ from sotopia_rl.errors import DataError, StoreError
 from sotopia_rl.profiles import Profiles
 from sotopia_rl.store.interface import EVERYTHING, EpisodeQuery, EpisodeStore, Original
 from sotopia_rl.store.jsonl import Deletion, JsonlWriter, StageFailure, Torn, read_json_lines, read_records
-from sotopia_rl.store.sotopia import NOTHING_KNOWN, Imported, LeftOutError, is_line, line_document, read_document
+from sotopia_rl.store.sotopia_read import NOTHING_KNOWN, Imported, LeftOutError, is_line, read_document
+from sotopia_rl.store.sotopia_write import line_document
 
 logger = logging.getLogger(__name__)
 
