@@ -20,6 +20,8 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import DynamicCache
 
+from sotopia_rl.llm.prefill import PrefixStore, prefill
+
 # A float32 uniform of exactly 1 would fall off the end of the distribution.
 _BELOW_ONE = 1 - 2**-20
 
@@ -67,17 +69,25 @@ def decode(
     pad_token: int,
     stop_tokens: Collection[int],
     done: Callable[[Row], None],
+    store: PrefixStore | None = None,
+    owner: str = "",
 ) -> None:
     """Decode `rows` together; `done` is called with each row as it finishes, `tokens` and `finish` set.
 
     Args:
         model: A transformers causal LM or a PEFT model around one, in eval mode.
+        store: Prompts read before, by the same weights; None for models that `can_prefill` refuses.
+        owner: The adapter that is active, for `store`.
     """
     live = list(rows)
     ids_BT, mask_BT = _left_padded(live, pad_token, model.device)
-    cache = DynamicCache(config=model.config)
     next_B = mask_BT.sum(-1)  # position of each row's next token
-    logits_BV = _forward(model, ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+    if store is None:
+        cache = DynamicCache(config=model.config)
+        logits_BV = _forward(model, ids_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+    else:
+        room = max(row.max_new_tokens for row in live)
+        logits_BV, cache = prefill(model, [row.prompt for row in live], room=room, store=store, owner=owner)
     sampler = _Sampler(live, model.device)
     while True:
         tokens = sampler.choose(logits_BV)

@@ -28,6 +28,7 @@ from sotopia_rl.llm.constraint import SchemaCompiler
 from sotopia_rl.llm.decode import Row, decode
 from sotopia_rl.llm.folders import check_adapter, check_model_folder, quiet_loading
 from sotopia_rl.llm.limits import ModelLimits, Tally
+from sotopia_rl.llm.prefill import PrefixStore, can_prefill
 from sotopia_rl.models import JsonSchema, Message, Reply
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ class _Loaded:
     schemas: SchemaCompiler
     max_batch_tokens: int
     context: int
+    store: PrefixStore | None
     adapters: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
@@ -208,6 +210,7 @@ class _Loaded:
             schemas=SchemaCompiler(tokenizer, config.vocab_size, stop_tokens),
             max_batch_tokens=limits.max_batch_tokens,
             context=getattr(config, "max_position_embeddings", None) or 10**9,
+            store=PrefixStore(limits.prefix_megabytes * 10**6) if can_prefill(config) else None,
         )
 
     def run(self, requests: Sequence[_Request]) -> None:
@@ -222,9 +225,9 @@ class _Loaded:
         fitting.sort(key=lambda pair: len(pair[1].prompt))  # neighbours of like length need little padding
         with self._adapter(requests[0].adapter) if requests else nullcontext():
             for part in _by_size(fitting, self.max_batch_tokens):
-                self._decode(part)
+                self._decode(part, owner=str(requests[0].adapter))
 
-    def _decode(self, part: Sequence[tuple[_Request, Row]]) -> None:
+    def _decode(self, part: Sequence[tuple[_Request, Row]], *, owner: str) -> None:
         owners = {id(row): request for request, row in part}
         decode(
             self.model,
@@ -232,6 +235,8 @@ class _Loaded:
             pad_token=self.tokenizer.pad_token_id or 0,  # masked out everywhere, so any token will do
             stop_tokens=self.stop_tokens,
             done=lambda row: owners[id(row)].deliver(self._reply(row)),
+            store=self.store,
+            owner=owner,
         )
 
     def _row(self, request: _Request) -> Row | ModelCallError:

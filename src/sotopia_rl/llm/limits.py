@@ -38,6 +38,8 @@ class ModelLimits(Config):
     """In-process models: conversations decoded together."""
     max_batch_tokens: int = Field(default=131_072, gt=0)
     """In-process models: tokens decoded together, padding and replies included."""
+    prefix_megabytes: int = Field(default=400, ge=0)
+    """In-process models: memory for what is known of recent prompts, so that a conversation is not read anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """In-process models: where they run."""
 
