@@ -26,6 +26,12 @@ def _labels(row: Encoded, loss_on: Literal["all", "reply"]) -> list[int]:
     return [IGNORED] * len(row.prompt_ids) + row.completion_ids
 
 
+def target_rows(encoded: Sequence[Encoded], targets: Sequence[Sequence[float]]) -> Dataset:
+    """Rows for a regression: ids and targets [D]."""
+    rows = zip(encoded, targets, strict=True)
+    return Dataset.from_list([{"input_ids": row.ids, "labels": list(target)} for row, target in rows])
+
+
 @dataclass(frozen=True)
 class TokenPadding:
     """Collates rows with a label per token into right-padded tensors [B, T]."""

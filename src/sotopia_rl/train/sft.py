@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from sotopia_rl.dataset import SFTRow, read_rows
+from sotopia_rl.train.adapters import write_base_note
 from sotopia_rl.train.batches import language_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import SFTSettings
@@ -65,6 +66,7 @@ def train_sft(
         train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), *([watch] if eval_rows else [])])
         use_best = settings.keep == "best" and bool(eval_rows)
         target = write_result(run, name, trainer.model.save_pretrained, tokenizer, use_best=use_best)
+        write_base_note(target, base)
     run.finish(
         {
             "result": name,

@@ -1,0 +1,132 @@
+"""One frozen base with several adapters: the policy, its reference and the reward model.
+
+    default   the policy, trained
+    ref       the reference policy, a frozen copy of the SFT adapter that TRL makes
+    reward    the reward model, frozen; its head is kept outside the model
+
+Three separate models would need almost three times the memory and give the same numbers. Letters: B rows of
+a batch, T tokens, H hidden size, D outputs of the reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedTokenizerBase
+
+from sotopia_rl.errors import DataError, TrainingError
+from sotopia_rl.train.batches import padded_inputs
+from sotopia_rl.train.config import TrainerSettings
+from sotopia_rl.train.folder import fingerprint, read_json, write_json
+from sotopia_rl.train.loading import load_base
+
+POLICY, REFERENCE, REWARD = "default", "ref", "reward"
+BASE_NOTE = "base.json"
+HEAD_KEY = "base_model.model.score.weight"
+
+
+def write_base_note(adapter: Path, base: Path) -> None:
+    """Note beside an adapter which base it belongs to."""
+    write_json(adapter / BASE_NOTE, {"path": str(base), "fingerprint": fingerprint(base)})
+
+
+def check_base(adapter: Path, base: Path) -> None:
+    """Make sure that an adapter belongs to this base.
+
+    Raises:
+        DataError: There is no adapter in the folder.
+        TrainingError: It was trained on another base; both are named.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise DataError(f"{adapter}: no adapter (it has no adapter_config.json)")
+    note = adapter / BASE_NOTE
+    if note.is_file():
+        trained_on = read_json(note)
+        same, name = trained_on["fingerprint"] == fingerprint(base), trained_on["path"]
+    else:  # not one of ours: all there is to go by is the name that PEFT wrote
+        name = str(read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+        same = Path(name).name == base.name
+    if not same:
+        raise TrainingError(f"{adapter}: the adapter was trained on the base {name}, not on {base}")
+
+
+def load_policy(base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, settings: TrainerSettings) -> PeftModel:
+    """The base with the policy's adapter, trainable. Errors as `check_base` and `load_base`."""
+    check_base(adapter, base)
+    model = load_base(base, tokenizer, settings)
+    return PeftModel.from_pretrained(model, adapter, adapter_name=POLICY, is_trainable=True)
+
+
+class RewardScorer:
+    """The reward model as one more adapter of the policy's base.
+
+    Scores go through the model's own forward pass, so that the hooks of DDP, FSDP or ZeRO run; a hook of
+    ours takes the last hidden states on the way.
+    """
+
+    def __init__(self, model: PeftModel, adapter: Path, pad_token_id: int, *, batch_size: int) -> None:
+        """Add the adapter to `model`, frozen.
+
+        Raises:
+            DataError: The adapter has no head.
+        """
+        weights = load_peft_weights(str(adapter), device=str(model.device))
+        if HEAD_KEY not in weights:
+            raise DataError(f"{adapter}: not a reward model (it has no score head)")
+        self.model = model
+        self.head_DH = weights.pop(HEAD_KEY).float()
+        self.pad_token_id = pad_token_id
+        self.batch_size = batch_size
+        config = LoraConfig.from_pretrained(str(adapter))
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
+        model.add_adapter(REWARD, config)
+        set_peft_model_state_dict(model, weights, adapter_name=REWARD)
+        for name, parameter in model.named_parameters():
+            if f".{REWARD}." in name:
+                parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[B, D] scores of token id sequences, read at each one's last token."""
+        order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
+        scores_BD = torch.empty(len(sequences), self.head_DH.shape[0])
+        with only_adapter(self.model, REWARD):
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                scores_BD[places] = self._score([sequences[place] for place in places]).cpu()
+        return scores_BD
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        batch = padded_inputs(sequences, self.pad_token_id)
+        seen: list[torch.Tensor] = []
+        decoder = self.model.get_base_model().base_model
+        hook = decoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
+        try:
+            inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            self.model(**inputs, logits_to_keep=1, use_cache=False)
+        finally:
+            hook.remove()
+        last_B = torch.tensor([len(sequence) - 1 for sequence in sequences], device=seen[0].device)
+        hidden_BH = seen[0][torch.arange(len(sequences), device=last_B.device), last_B]
+        scores_BD: torch.Tensor = hidden_BH.float() @ self.head_DH.T.to(hidden_BH.device)
+        return scores_BD
+
+
+@contextmanager
+def only_adapter(model: PeftModel, name: str) -> Iterator[None]:
+    """Run `model` in evaluation mode with adapter `name`, then put everything back as it was."""
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    active, training = model.active_adapter, model.training
+    model.eval()
+    model.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)  # makes `active` trainable and every other adapter not
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trainable)
+        model.train(training)

@@ -1,0 +1,210 @@
+"""The reward model: a LoRA adapter and a linear head that predict utterance rewards from token ids.
+
+Its input is what the policy sees and says: the policy's prompt ids, the reply's ids, the end token. Targets
+are on 0..1. The head starts at zero: a random one begins with errors and gradients hundreds of times larger.
+It is saved as a PEFT sequence classifier, head included, which transformers and vLLM load as such.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from sotopia_rl.dataset import RewardRow, read_rows
+from sotopia_rl.errors import DataError
+from sotopia_rl.train.adapters import write_base_note
+from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
+from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
+from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
+from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
+from sotopia_rl.train.folder import claim, fingerprint, write_json
+from sotopia_rl.train.loading import (
+    load_base,
+    load_tokenizer,
+    lora_config,
+    only_errors,
+    trainer_arguments,
+    training_session,
+)
+from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
+
+COMBINED = "value"
+"""Name of the one output where no dimensions are asked for."""
+
+
+def train_reward_model(
+    rows: Path,
+    base: Path,
+    settings: RewardModelSettings,
+    out: Path,
+    *,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Fit a reward model on `rows` and report how it does on the episodes held out.
+
+    Args:
+        rows: JSONL of `RewardRow`.
+        base: Model folder, the one that the policy uses.
+        out: Run folder; `out/report.json` is the report.
+
+    Returns:
+        `out/adapter`, with a copy of the report.
+
+    Raises:
+        DataError: Rows or base cannot be read, rows do not fit `max_length`, or all rewards are equal.
+        ConfigError: The folder holds a run with other settings, or the device is missing.
+        TrainingError: The disk or the memory is full.
+    """
+    run = claim(out, "rm", settings, {"rows": fingerprint(rows), "base": fingerprint(base)}, resume=resume)
+    if run.finished:
+        return run.path / "adapter"
+    with training_session(run):
+        tokenizer = load_tokenizer(base)
+        data = list(read_rows(RewardRow, rows))
+        check_targets(rows, data, settings.dimensions)
+        training, held_out = split_by_episode(data, lambda row: row.episode_id, settings.held_out_share, settings.seed)
+        train_rows = encode_rows(tokenizer, training, max_length=settings.max_length, reply=reply_text)
+        eval_rows = encode_rows(tokenizer, held_out, max_length=settings.max_length, reply=reply_text)
+        train_targets, eval_targets = (targets(part, settings.dimensions) for part in (training, held_out))
+        set_seed(settings.seed)
+        model = new_reward_model(base, tokenizer, settings)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                **trainer_arguments(settings, run, evaluate=bool(eval_rows)),
+                label_names=["labels"],
+                prediction_loss_only=True,
+                remove_unused_columns=False,
+            ),
+            train_dataset=target_rows(train_rows, train_targets),
+            eval_dataset=target_rows(eval_rows, eval_targets) if eval_rows else None,
+            data_collator=TargetPadding(tokenizer.pad_token_id),
+        )
+        watch = KeepBest(run, model.save_pretrained, patience=settings.patience)
+        train_to_the_end(trainer, run, [Record(run, progress), *([watch] if eval_rows else [])])
+        use_best = settings.keep == "best" and bool(eval_rows)
+        adapter = write_result(run, "adapter", model.save_pretrained, tokenizer, use_best=use_best)
+        write_base_note(adapter, base)
+        set_peft_model_state_dict(model, load_peft_weights(str(adapter), device=str(model.device)))
+        predicted = predict(model, eval_rows, tokenizer.pad_token_id, batch_size=2 * settings.batch_size)
+    report = make_report(settings, held_out, predicted, train_targets, eval_targets)
+    write_json(run.path / "report.json", report.model_dump())
+    shutil.copy(run.path / "report.json", adapter / "report.json")
+    run.finish(
+        {
+            "result": "adapter",
+            "steps": trainer.state.global_step,
+            "best_step": best_step(run),
+            "data": length_report([*train_rows, *eval_rows]),
+            "held_out_rows": len(eval_rows),
+        }
+    )
+    return adapter
+
+
+def output_names(dimensions: Sequence[str]) -> tuple[str, ...]:
+    """Names of the outputs, in order."""
+    return tuple(dimensions) or (COMBINED,)
+
+
+def targets(rows: Sequence[RewardRow], dimensions: Sequence[str]) -> list[list[float]]:
+    """[N, D] on 0..1."""
+    if not dimensions:
+        return [[row.value / 10] for row in rows]
+    return [[row.values[name] for name in dimensions] for row in rows]
+
+
+def check_targets(path: Path, rows: Sequence[RewardRow], dimensions: Sequence[str]) -> None:
+    """Refuse rewards that nothing can be learned from, before anything expensive starts.
+
+    Raises:
+        DataError: A row lacks a dimension, or all rewards of an output are equal.
+    """
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in dimensions if name not in row.values]:
+            raise DataError(f"{path}:{number}: no reward for {', '.join(missing)} (it has {', '.join(row.values)})")
+    for name, column in zip(output_names(dimensions), np.array(targets(rows, dimensions)).T, strict=True):
+        if np.ptp(column) == 0:
+            raise DataError(f"{path}: all {len(column)} rewards of {name} are {column[0]:g}; nothing can be learned")
+
+
+def new_reward_model(base: Path, tokenizer: PreTrainedTokenizerBase, settings: RewardModelSettings) -> PeftModel:
+    """The base as a sequence classifier with a fresh adapter and a head of zeros."""
+    model = load_classifier(base, tokenizer, settings, outputs=len(output_names(settings.dimensions)))
+    torch.nn.init.zeros_(model.score.weight)
+    return get_peft_model(model, lora_config(settings, "SEQ_CLS"))
+
+
+def load_classifier(
+    base: Path, tokenizer: PreTrainedTokenizerBase, settings: TrainerSettings, *, outputs: int
+) -> PreTrainedModel:
+    """The base with a head of `outputs` numbers in place of its language model head."""
+    with only_errors():  # that the base has no such head is known
+        return load_base(
+            base,
+            tokenizer,
+            settings,
+            model_class=AutoModelForSequenceClassification,
+            num_labels=outputs,
+            problem_type="regression",
+        )
+
+
+def load_reward_model(
+    base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, settings: RewardModelSettings
+) -> PeftModel:
+    """A trained reward model on a base of its own, ready to score."""
+    model = load_classifier(base, tokenizer, settings, outputs=len(output_names(settings.dimensions)))
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@torch.no_grad()
+def predict(model: PeftModel, rows: Sequence[Encoded], pad_token_id: int, *, batch_size: int) -> list[list[float]]:
+    """[N, D] predictions."""
+    model.eval()
+    predictions: list[list[float]] = []
+    for start in range(0, len(rows), batch_size):
+        batch = padded_inputs([row.ids for row in rows[start : start + batch_size]], pad_token_id)
+        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        predictions.extend(logits.float().tolist())
+    return predictions
+
+
+def make_report(
+    settings: RewardModelSettings,
+    held_out: Sequence[RewardRow],
+    predicted: Sequence[Sequence[float]],
+    train_targets: Sequence[Sequence[float]],
+    eval_targets: Sequence[Sequence[float]],
+) -> RewardReport:
+    """Compare the predictions for the held-out rows, output by output."""
+    groups, keys = group_keys(
+        [row.prompt[-1].content for row in held_out], [(row.scenario_id, row.seat, row.turn) for row in held_out]
+    )
+    means = np.mean(np.array(train_targets), axis=0)
+    outputs = [
+        report_output(
+            name,
+            [row[place] for row in predicted],
+            [row[place] for row in eval_targets],
+            keys,
+            train_mean=float(means[place]),
+        )
+        for place, name in enumerate(output_names(settings.dimensions))
+    ]
+    episodes = len({row.episode_id for row in held_out})
+    return RewardReport(groups=groups, held_out_episodes=episodes, outputs=tuple(outputs))
