@@ -42,7 +42,7 @@ ANN = Character(
     gender_pronoun="She/her",
     public_info="Élodie has two cats.",
     personality_and_values="Quiet, but says “no” when needed.",
-    secret="Has a second flat.",  # noqa: S106
+    secret="Has a second flat.",
 )
 BEN = Character(
     id="ben",
@@ -54,7 +54,7 @@ BEN = Character(
     gender_pronoun="He/him",
     public_info="Ben collects stamps.",
     personality_and_values="Ben is methodical.",
-    secret="Owes money.",  # noqa: S106
+    secret="Owes money.",
 )
 ACTIONS: tuple[tuple[ActionType, str], ...] = (
     ("speak", 'I said "no": <b>two</b> {things}.\n\nSecond paragraph 李雷.'),
