@@ -128,9 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     rated = asyncio.run(rated_episodes(args.episodes, args.seed))
     print(f"{len(rated)} episodes, seed {args.seed}; 95% intervals by bootstrap over scenarios\n")
-    print(
-        "| method | goal: Spearman | goal: top-1 | goal: reward r | 3 dimensions: Spearman | calls | tokens | failed |"
-    )
+    print("| method | goal: Spearman | goal: top-1 | goal: reward r | three: Spearman | calls | tokens | failed |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for name, annotator, settings in METHODS:

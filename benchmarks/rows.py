@@ -57,7 +57,7 @@ def person(number: int, seat: int) -> Character:
         gender_pronoun="She/her" if seat else "He/him",
         public_info="Has two cats and a piano. " * 4,
         personality_and_values="Open, careful, values fairness. " * 6,
-        secret="Has a debt that nobody knows of.",
+        secret="Has a debt that nobody knows of.",  # noqa: S106  a secret of the story
     )
 
 
@@ -87,7 +87,9 @@ def episode(number: int) -> Episode:
 
 def credited(number: int) -> Credited:
     played = episode(number)
-    points = {d.name: Score(score=(number * 7 + i) % (d.high - d.low + 1) + d.low) for i, d in _numbered()}
+    points = {
+        d.name: Score(score=(number * 7 + i) % (d.high - d.low + 1) + d.low) for i, d in enumerate(SOTOPIA_DIMENSIONS)
+    }
     rating = Rating(episode_id=played.id, judge="bench/judge", scores=(points, points), provenance=PROVENANCE)
     seats: tuple[Seat, Seat] = (0, 1)
     attributions = tuple(
@@ -106,10 +108,6 @@ def credited(number: int) -> Credited:
         for name in ("goal", "relationship", "knowledge")
     )
     return Credited(played, rating, attributions)
-
-
-def _numbered() -> Iterator[tuple[int, object]]:
-    yield from enumerate(SOTOPIA_DIMENSIONS)
 
 
 def run(size: int, folder: Path) -> None:

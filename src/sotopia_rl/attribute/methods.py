@@ -44,7 +44,7 @@ class Method:
     `asks` is the kind of question, None where no annotator is asked: the answers of `exact` are then
     `sandbox.exact_credit`, those of the others zeros that only say which turns there are. `top` and `weigh` take
     the case (and the answers). `check` raises `UnusableReply` where an answer breaks a rule of the method that no
-    single number shows.
+    single number shows. With `answered` an utterance is rated with the partner's next turn in view.
     """
 
     name: MethodName
@@ -53,6 +53,7 @@ class Method:
     top: Callable[[Case], float]
     asked_top: Callable[[AttributionConfig], int] = lambda config: config.scale
     check: Callable[[Mapping[int, int]], None] = lambda _answers: None
+    answered: bool = False
 
     @property
     def template(self) -> str:
@@ -101,7 +102,11 @@ def moved_points(differences: Weights, score: float) -> Weights:
 
 
 def _progress(answers: Weights, case: Case) -> Weights:
-    """Differences of successive standings, the first from the dimension's neutral point."""
+    """Differences of successive standings, the first from the dimension's neutral point.
+
+    A standing is judged once the partner has answered. Right after the utterance an offer would have earned nothing,
+    and its acceptance would be credited to whatever the agent says next (the published code does that).
+    """
     standing = float(min(max(0, case.dimension.low), case.dimension.high))
     differences: Weights = {}
     for turn in sorted(answers):
@@ -158,7 +163,7 @@ METHODS: dict[str, Method] = {
         Method("scaled", None, _discounted, _one),
         Method("uniform", None, _full_score, _one),
         Method("uniform_split", None, _equal_shares, _one),
-        Method("goal_progress", "score", _progress, _whole_score),
+        Method("goal_progress", "score", _progress, _whole_score, answered=True),
         Method("response_only", "weight", _as_answered, _scale),
         Method("utterance_quality", "weight", _as_answered, _scale),
         Method("counterfactual", "score", _without, _whole_score),

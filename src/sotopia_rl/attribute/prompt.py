@@ -35,7 +35,7 @@ def _question(item: AttributionItem, method: Method, config: AttributionConfig, 
     episode, seat = item.episode, item.seat
     dimensions = [config.dimension(name) for name in item.dimensions]
     ranges = {d.name: method.answer_range(d, config) for d in dimensions}
-    in_view = episode.turns if config.view == "offline" else episode.turns[: turns[-1] + 1]
+    in_view = episode.turns if config.view == "offline" else episode.turns[: turns[-1] + 1 + method.answered]
     prompt = render(
         method.template,
         view=config.view,
@@ -50,6 +50,7 @@ def _question(item: AttributionItem, method: Method, config: AttributionConfig, 
         scores=_shown_scores(item, method, config),
         method=config.label,
         asks=method.asks,
+        answered=method.answered,
         top=method.asked_top(config),
         example=json.dumps({name: dict.fromkeys(map(str, turns), low) for name, (low, _) in ranges.items()}),
     )

@@ -128,7 +128,8 @@ def _credit(play: Play, turn: int, dimension: str) -> float:
 
 
 def _standing(play: Play, turn: int, dimension: str) -> float:
-    return DIMENSIONS[dimension].score(replay(play.sides, play.heard[: turn + 1]), play.heard[turn].seat)
+    """The score of the speaker had the talk ended once the partner had answered this turn."""
+    return DIMENSIONS[dimension].score(replay(play.sides, play.heard[: turn + 2]), play.heard[turn].seat)
 
 
 _OUTCOMES = ("goal", "financial_and_material_benefits")
