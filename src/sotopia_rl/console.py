@@ -9,18 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.panel import Panel
+from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
-from sotopia_rl.episode import Episode, Rating, Seat, Turn, UtteranceReward
+from sotopia_rl.episode import Episode, EpisodeStatus, Rating, Seat, Turn, UtteranceReward
+from sotopia_rl.observe import goal_text, scenario_text
 from sotopia_rl.stages import Tally, Watch
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+SEATS: tuple[Seat, Seat] = (0, 1)
 SEAT_STYLE = ("cyan", "magenta")
 
 
@@ -86,54 +88,97 @@ def timed() -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
+WIDEST = 100
+"""Columns of a conversation; longer lines are hard to read."""
+
+STATUS_STYLE = {"completed": "green", "cancelled": "yellow"}
+
+
+def status_style(status: EpisodeStatus) -> str:
+    """The colour of a status; every failure has the same."""
+    return STATUS_STYLE.get(status, "red")
+
+
 def show_episode(episode: Episode, ratings: list[Rating], rewards: dict[int, UtteranceReward] | None = None) -> Group:
     """A conversation as a person would read it: who they are, what each wants, what was said, what it earned."""
-    scenario = episode.match.scenario
-    head = Text(scenario.description.strip(), style="italic")
-    parts: list[Text | Panel | Padding] = [Panel(head, title=f"{scenario.codename or scenario.id}  {episode.id}")]
-    seats: tuple[Seat, Seat] = (0, 1)
-    for seat in seats:
-        character = episode.match.characters[seat]
-        goal = Text.assemble(
-            (character.name, f"bold {SEAT_STYLE[seat]}"),
-            (f"  {episode.agents[seat].model}\n", "dim"),
-            scenario.goals[seat].strip(),
-        )
-        parts.append(Padding(goal, (0, 0, 1, 2)))
-    parts += [_turn(episode, turn, (rewards or {}).get(turn.index)) for turn in episode.turns]
-    parts.append(Text(_ending(episode), style="yellow" if episode.failure else "dim"))
-    parts += [Padding(_scores(episode, rating), (1, 0, 0, 0)) for rating in ratings]
-    return Group(*parts)
+    codename = episode.match.scenario.codename or episode.match.scenario.id
+    title = Text.assemble((codename, "bold"), (f"  {episode.tag}  {episode.id}", "dim"))
+    place = Text(scenario_text(episode.match).strip(), style="italic")
+    parts: list[RenderableType] = [
+        title,
+        Text(),
+        place,
+        Text(),
+        _people(episode),
+        Text(),
+        _talk(episode, rewards or {}),
+    ]
+    parts += [Text(), Text(_ending(episode), style="yellow" if episode.failure else "dim")]
+    for rating in ratings:
+        parts += [Text(), _scores(episode, rating)]
+    return Group(*(Constrain(part, WIDEST) for part in parts))
 
 
-def _turn(episode: Episode, turn: Turn, reward: UtteranceReward | None) -> Padding:
-    name = episode.match.characters[turn.seat].first_name
-    line = Text.assemble((f"{turn.index:>2} ", "dim"), (name, f"bold {SEAT_STYLE[turn.seat]}"), "  ")
+def _people(episode: Episode) -> Table:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    for seat in SEATS:
+        grid.add_row(_name(episode, seat, full=True), Text(goal_text(episode.match, seat).strip()))
+        grid.add_row("", Text(episode.agents[seat].model, style="dim", overflow="fold"))
+    return grid
+
+
+def _name(episode: Episode, seat: Seat, *, full: bool = False) -> Text:
+    character = episode.match.characters[seat]
+    return Text(character.name if full else character.first_name or character.name, style=f"bold {SEAT_STYLE[seat]}")
+
+
+def _talk(episode: Episode, rewards: dict[int, UtteranceReward]) -> Table:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(justify="right", style="dim", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    if rewards:
+        grid.add_column(justify="right", style="green", no_wrap=True)
+    for turn in episode.turns:
+        reward = rewards.get(turn.index)
+        earned = [f"{reward.reward:.1f}" if reward else ""] if rewards else []
+        grid.add_row(str(turn.index), _name(episode, turn.seat), _said(turn), *earned)
+    return grid
+
+
+def _said(turn: Turn) -> Text:
     action = turn.action
-    if action.action_type == "speak":
-        line.append(action.argument)
-    elif action.action_type in ("none", "leave"):
-        line.append({"none": "says nothing", "leave": "leaves"}[action.action_type], style="dim")
-    else:
-        line.append(f"[{action.action_type}] {action.argument}", style="italic")
-    if reward is not None:
-        line.append(f"  {reward.reward:.1f}", style="green")
-    return Padding(line, (0, 0, 0, 2 if turn.seat == 0 else 6))
+    match action.action_type:
+        case "speak":
+            return Text(action.argument)
+        case "none":
+            return Text("says nothing", style="dim")
+        case "leave":
+            return Text("leaves" + (f": {action.argument}" if action.argument else ""), style="dim")
+        case "non-verbal communication" | "action":
+            return Text(f"[{action.action_type}] {action.argument}", style="italic")
 
 
 def _ending(episode: Episode) -> str:
     if episode.failure is not None:
-        return f"{episode.status} at turn {episode.failure.turn}: {episode.failure.message}"
-    return {"left": "somebody left", "stale": "nobody had more to say", "turn_limit": "the turns were used up"}[
-        episode.end_reason or "turn_limit"
-    ]
+        return f"{episode.status} at turn {episode.failure.turn} ({episode.failure.kind}): {episode.failure.message}"
+    turns = f"{len(episode.turns)} turns"
+    return {
+        "left": f"{turns}; somebody left",
+        "stale": f"{turns}; nobody had more to say",
+        "turn_limit": f"{turns}, which were all there were",
+    }[episode.end_reason or "turn_limit"]
 
 
-def _scores(episode: Episode, rating: Rating) -> Text:
-    text = Text(f"{rating.judge}\n", style="dim")
-    seats: tuple[Seat, Seat] = (0, 1)
-    for seat in seats:
-        points = "  ".join(f"{name} {value:g}" for name, value in rating.points(seat).items())
-        text.append(f"{episode.match.characters[seat].name}: ", style=f"bold {SEAT_STYLE[seat]}")
-        text.append(f"overall {rating.overall(seat):.2f}  {points}\n", style="default")
-    return text
+def _scores(episode: Episode, rating: Rating) -> Table:
+    """A row per dimension, a column per agent."""
+    table = Table(title=f"scores by {rating.judge}", title_justify="left", title_style="dim", box=None, padding=(0, 2))
+    table.add_column("")
+    for seat in SEATS:
+        table.add_column(_name(episode, seat), justify="right")
+    for dimension in rating.scores[0]:
+        table.add_row(dimension, *(f"{rating.points(seat)[dimension]:g}" for seat in SEATS))
+    table.add_row("overall", *(f"{rating.overall(seat):.2f}" for seat in SEATS), style="bold")
+    return table
