@@ -174,7 +174,9 @@ def measure(
 
 def _episodes(at_once: int, per_place: int) -> tuple[int, int]:
     """Episodes per run without and with delay: enough to be steady, few enough to end."""
-    return max(at_once * min(per_place, 2), 40 if per_place > 1 else 3), at_once * per_place
+    if per_place == 1:
+        return max(at_once, 3), max(at_once, 2)
+    return max(at_once * 2, 200), at_once * per_place
 
 
 def main() -> None:
@@ -207,8 +209,10 @@ def main() -> None:
             python = ROOT / ".venvs" / home / "bin/python"
             missing = [] if redis_url else ["a Redis with JSON and search"]
             missing += [] if python.exists() else [f".venvs/{home}"]
-            if missing or not arguments.published_at_once:
-                skipped.append(f"{name}: not asked for" if not missing else f"{name}: needs {' and '.join(missing)}")
+            if not arguments.published_at_once:
+                continue
+            if missing:
+                skipped.append(f"{name}: needs {' and '.join(missing)}; see --install")
                 continue
             engine = partial(published_engine, python, redis_url)
             try:
@@ -242,7 +246,7 @@ def report(rows: list[Row], skipped: list[str], *, markdown: bool) -> None:
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"\n{os.cpu_count()} CPUs, load {load}, Python {platform.python_version()}, commit {commit()}")
     for line in skipped:
-        print(f"skipped: {line}; see --install" if "needs" in line else f"skipped: {line}")
+        print(f"skipped: {line}")
 
 
 def commit() -> str:
