@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import random
 from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from sotopia_rl.episode import Sampling
 from sotopia_rl.errors import ConfigError, ModelCallError
+from sotopia_rl.llm.decode import Row, decode
 from sotopia_rl.llm.extract import extract_json
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool, open_model
@@ -109,7 +111,12 @@ def test_a_small_top_p_leaves_only_the_likeliest_token(folders):
 def test_requests_of_different_settings_share_a_batch(folders):
     async def run():
         async with open_model(f"local/{folders / 'base'}") as model:
-            settings = [GREEDY, WARM, Sampling(temperature=1, max_tokens=3), Sampling(temperature=0.5, top_p=0.5)]
+            settings = [
+                GREEDY,
+                WARM,
+                Sampling(temperature=1, max_tokens=3),
+                Sampling(temperature=0.5, top_p=0.5, max_tokens=9),
+            ]
             return await asyncio.gather(*(model.complete(chat("hello"), s, seed=1) for s in settings))
 
     replies = asyncio.run(run())
@@ -121,7 +128,7 @@ def test_requests_of_different_settings_share_a_batch(folders):
 def test_a_schema_is_kept_beside_rows_without_one(folders):
     async def run():
         async with open_model(f"local/{folders / 'base'}") as model:
-            sampling = Sampling(temperature=1, max_tokens=200)
+            sampling = Sampling(temperature=1, max_tokens=60)
             schemas = [SCHEMA, None] * 4
             return await asyncio.gather(
                 *(model.complete(chat("hi"), sampling, seed=i, schema=s) for i, s in enumerate(schemas))
@@ -140,12 +147,12 @@ def test_adapters_share_one_base_and_each_gives_its_own_replies(folders):
         async with ModelPool() as pool:
             models = [pool.get(name) for name in names]
             assert len({id(model.base) for model in models}) == 1
-            calls = [m.complete(chat("hello"), GREEDY) for _ in range(3) for m in models]
+            calls = [m.complete(chat("hello"), GREEDY) for _ in range(2) for m in models]
             return [reply.text for reply in await asyncio.gather(*calls)]
 
     together = asyncio.run(run())
     alone = [texts(name, ["hello"], GREEDY)[0].text for name in names]
-    assert together == alone * 3
+    assert together == alone * 2
     assert len(set(alone)) == 3
 
 
@@ -195,6 +202,25 @@ def test_a_cancelled_request_leaves_the_others_alone(folders):
     assert [replies[i].text for i in (0, 2, 3)] == [
         texts(f"local/{folders / 'base'}", ["hello"], WARM, seeds=[i])[0].text for i in (0, 2, 3)
     ]
+
+
+def test_closing_does_not_wait_for_replies_that_nobody_wants():
+    forever = Row([5], 10**6, temperature=1.0, top_p=1.0, stream=random.Random(0))
+    kept = Row([5], 4, temperature=1.0, top_p=1.0, stream=random.Random(0))
+    finished = []
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    ).eval()
+    decode(model, [forever, kept], pad_token=0, stop_tokens=(), done=finished.append, wanted=lambda r: r is kept)
+    assert finished == [kept]
+    assert len(forever.tokens) == 1
 
 
 def refusal(name):

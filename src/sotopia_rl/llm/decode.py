@@ -69,6 +69,7 @@ def decode(
     pad_token: int,
     stop_tokens: Collection[int],
     done: Callable[[Row], None],
+    wanted: Callable[[Row], bool] = lambda _: True,
     store: PrefixStore | None = None,
     owner: str = "",
 ) -> None:
@@ -77,6 +78,7 @@ def decode(
     Args:
         model: A transformers causal LM or a PEFT model around one, in eval mode.
         store: Prompts read before, by the same weights; None for models that `can_prefill` refuses.
+        wanted: Asked at every token; a row that nobody waits for any more is dropped.
         owner: The adapter that is active, for `store`.
     """
     live = list(rows)
@@ -96,6 +98,8 @@ def decode(
                 row.take(token, stop_tokens)
                 if row.finish is not None:
                     done(row)
+                elif not wanted(row):
+                    row.finish = "stop"
         keep = [index for index, row in enumerate(live) if row.finish is None]
         if not keep:
             return

@@ -235,6 +235,7 @@ class _Loaded:
             pad_token=self.tokenizer.pad_token_id or 0,  # masked out everywhere, so any token will do
             stop_tokens=self.stop_tokens,
             done=lambda row: owners[id(row)].deliver(self._reply(row)),
+            wanted=lambda row: not owners[id(row)].future.cancelled(),
             store=self.store,
             owner=owner,
         )
