@@ -1,0 +1,42 @@
+"""Things that several test modules share and that take a while to make; torch is imported only when they are used."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+import training_rows
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 training rows of 24 talks."""
+    return training_rows.rows_file(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="session")
+def base(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 0.1 million parameters, barely trained."""
+    from sotopia_rl.train.tiny import train_base
+    from training_settings import TINY
+
+    return train_base(rows, TINY, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sotopia_rl.train.sft import train_sft
+    from training_settings import SFT
+
+    return train_sft(rows, base, SFT, tmp_path_factory.mktemp("sft"))
+
+
+@pytest.fixture(scope="session")
+def reward_adapter(rows: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sotopia_rl.train.reward_model import train_reward_model
+    from training_settings import RM
+
+    return train_reward_model(rows, base, RM, tmp_path_factory.mktemp("rm"))

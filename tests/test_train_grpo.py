@@ -1,0 +1,221 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import load_peft_weights
+from safetensors.torch import load_file
+
+from sotopia_rl.dataset import PromptRow
+from sotopia_rl.errors import GateError, TrainingError
+from sotopia_rl.train.adapters import RewardScorer, load_policy
+from sotopia_rl.train.config import GRPOSettings
+from sotopia_rl.train.folder import read_metrics
+from sotopia_rl.train.grpo import Policy, is_action, train_grpo
+from sotopia_rl.train.loading import load_tokenizer
+from sotopia_rl.train.trl_grpo import PROMPT_IDS, UtteranceReward
+from training_settings import GRPO
+
+VALID = '{"action_type": "speak", "argument": "What about $50?"}'
+
+
+@pytest.fixture(scope="module")
+def grpo_adapter(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return train_grpo(rows, base, sft_adapter, reward_adapter, GRPO, tmp_path_factory.mktemp("grpo"))
+
+
+def comparable(path: Path) -> list[dict[str, object]]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in ("seconds", "num_tokens")} for line in read_metrics(path)]
+
+
+def test_only_the_policy_moves(rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path) -> None:
+    found: dict[str, torch.Tensor] = {}
+
+    def look(step: int, policy: Policy) -> dict[str, float]:
+        found.update({name: p.detach().clone() for name, p in policy.model.named_parameters()})
+        return {"score": 0.0}
+
+    settings = GRPO.model_copy(update={"max_steps": 1, "eval_every": 1})
+    train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path, eval_hook=look)
+    prefix = "base_model.model."
+    sft, reward = load_peft_weights(str(sft_adapter)), load_peft_weights(str(reward_adapter))
+    checkpoint = load_file(base / "model.safetensors")
+    for name, parameter in found.items():
+        if ".default." in name:
+            assert not torch.equal(parameter, sft[name.replace(".default", "")]), name
+        elif ".ref." in name:
+            assert torch.equal(parameter, sft[name.replace(".ref", "")]), name
+        elif ".reward." in name:
+            assert torch.equal(parameter, reward[name.replace(".reward", "")]), name
+        else:
+            assert torch.equal(parameter, checkpoint[name.removeprefix(prefix).replace(".base_layer", "")]), name
+    kinds = {kind for kind in ("default", "ref", "reward") if any(f".{kind}." in name for name in found)}
+    assert kinds == {"default", "ref", "reward"}
+
+
+def test_the_policy_starts_at_its_reference(grpo_adapter: Path) -> None:
+    first = read_metrics(grpo_adapter.parent / "metrics.jsonl")[0]
+    assert first["kl"] == 0.0
+
+
+def test_the_curves_that_tell_of_collapse_and_hacking_are_all_there(grpo_adapter: Path) -> None:
+    lines = read_metrics(grpo_adapter.parent / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = {"reward", "reward_std", "reward_model_score", "validity", "kl", "entropy", "length", "cut_off"}
+    assert all(wanted <= set(line) for line in lines)
+
+
+def test_the_result_is_the_policy_alone(base: Path, grpo_adapter: Path) -> None:
+    assert not any(folder.is_dir() for folder in grpo_adapter.iterdir())
+    model = load_policy(base, grpo_adapter, load_tokenizer(base), GRPO)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_run_stopped_in_the_middle_ends_like_an_unbroken_one(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, grpo_adapter: Path, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_grpo(rows, base, sft_adapter, reward_adapter, GRPO, tmp_path, progress=stop)
+    resumed = train_grpo(rows, base, sft_adapter, reward_adapter, GRPO, tmp_path)
+    weights, unbroken = load_peft_weights(str(resumed)), load_peft_weights(str(grpo_adapter))
+    assert all(torch.equal(weights[name], unbroken[name]) for name in unbroken)
+    assert not any(torch.equal(tensor, load_peft_weights(str(sft_adapter))[name]) for name, tensor in weights.items())
+    assert comparable(tmp_path / "metrics.jsonl") == comparable(grpo_adapter.parent / "metrics.jsonl")
+
+
+def test_a_judge_beside_the_training_does_not_change_it(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, grpo_adapter: Path, tmp_path: Path
+) -> None:
+    def judge(step: int, policy: Policy) -> dict[str, float]:
+        torch.rand(3)
+        assert not policy.model.training
+        return {"score": -step, "goal": 5.0}
+
+    settings = GRPO.model_copy(update={"keep": "best"})
+    adapter = train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path, eval_hook=judge)
+    judged = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line for line in judged if "eval_score" in line] == [
+        {"step": 2, "eval_score": -2, "eval_goal": 5.0},
+        {"step": 4, "eval_score": -4, "eval_goal": 5.0},
+    ]
+    unjudged = comparable(grpo_adapter.parent / "metrics.jsonl")
+    assert [line for line in comparable(tmp_path / "metrics.jsonl") if "reward" in line] == unjudged
+    assert json.loads((adapter / "best.json").read_text()) == {"step": 2, "metric": "eval_score", "value": -2}
+
+
+def test_the_reference_can_be_the_base(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    settings = GRPO.model_copy(update={"ref": "base", "max_steps": 1})
+    train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["kl"] > 0
+
+
+def test_a_collapse_stops_the_run_with_the_best_weights(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    update = {"on_collapse": "stop", "min_entropy": 100.0, "max_steps": 9, "eval_every": 2}
+    settings = GRPO.model_copy(update=update)
+    train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path)
+    finished = json.loads((tmp_path / "finished.json").read_text())
+    assert finished["collapsed"] is True
+    assert finished["steps"] == 5
+    assert finished["best_step"] in (2, 4)
+
+
+def test_a_collapse_before_anything_is_worth_keeping_is_an_error(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    update = {"on_collapse": "stop", "min_validity": 1.0, "max_steps": 9, "eval_every": 50}
+    settings = GRPO.model_copy(update=update)
+    with pytest.raises(TrainingError, match=r"step 5: the policy collapsed: validity below 1.0"):
+        train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path)
+
+
+def test_a_collapse_can_be_a_warning(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    update = {"on_collapse": "warn", "min_entropy": 100.0, "max_steps": 5}
+    train_grpo(rows, base, sft_adapter, reward_adapter, GRPO.model_copy(update=update), tmp_path)
+    warnings = [line["warning"] for line in read_metrics(tmp_path / "metrics.jsonl") if "warning" in line]
+    assert len(warnings) == 1
+    assert "entropy below 100.0 for 5 steps" in warnings[0]
+
+
+def test_a_reward_model_below_the_gate_is_refused(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GateError, match="Spearman"):
+        train_grpo(
+            rows, base, sft_adapter, reward_adapter, GRPO.model_copy(update={"gate_min_spearman": 1.0}), tmp_path
+        )
+
+
+# --- the reward function -------------------------------------------------------------------------------------------
+
+
+def reward_of(settings: GRPOSettings, base: Path, sft_adapter: Path, reward_adapter: Path) -> UtteranceReward:
+    tokenizer = load_tokenizer(base)
+    scorer = RewardScorer(
+        load_policy(base, sft_adapter, tokenizer, settings), reward_adapter, tokenizer.pad_token_id, batch_size=4
+    )
+    scorer.head_DH = scorer.head_DH * 1000  # scores far from zero, of either sign
+    return UtteranceReward(
+        scorer=scorer,
+        is_valid=is_action,
+        settings=settings,
+        eos_token_id=tokenizer.eos_token_id,
+        leaks_secret=lambda row, text: "$" in text,
+    )
+
+
+def rewards(
+    reward: UtteranceReward, base: Path, texts: list[str], *, cut_off: set[int] = frozenset()
+) -> tuple[list[float], dict[str, float]]:  # type: ignore[assignment]
+    tokenizer = load_tokenizer(base)
+    metrics: dict[str, float] = {}
+    ids = [
+        [*tokenizer(t)["input_ids"], *([] if i in cut_off else [tokenizer.eos_token_id])] for i, t in enumerate(texts)
+    ]
+    values = reward(
+        prompts=[],
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=ids,
+        row_number=list(range(len(texts))),
+        log_metric=metrics.__setitem__,
+        **{PROMPT_IDS: [[1, 2, 3]] * len(texts)},
+    )
+    return values, metrics
+
+
+INVALID = ["", "Hello!", '{"action_type": "shout", "argument": "x"}', '{"action_type": "speak"}', "[]", "{{{"]
+
+
+def test_no_invalid_reply_is_worth_as_much_as_a_valid_one(base: Path, sft_adapter: Path, reward_adapter: Path) -> None:
+    reward = reward_of(GRPO.model_copy(update={"validity_gate": True}), base, sft_adapter, reward_adapter)
+    valid = [VALID, '{"action_type": "leave", "argument": ""}', '{"action_type": "none", "argument": ""}']
+    values, metrics = rewards(reward, base, [*valid, *INVALID, VALID], cut_off={len(valid) + len(INVALID)})
+    assert min(values[: len(valid)]) >= 0
+    assert set(values[len(valid) :]) == {GRPO.invalid_reward}
+    assert metrics["validity"] == len(valid) / len(values)
+    assert metrics["secret_leaks"] == 2 / len(values)
+
+
+def test_without_the_gate_every_reply_gets_the_score_of_the_reward_model(
+    base: Path, sft_adapter: Path, reward_adapter: Path
+) -> None:
+    reward = reward_of(GRPO, base, sft_adapter, reward_adapter)
+    values, metrics = rewards(reward, base, [VALID, *INVALID])
+    assert GRPO.invalid_reward not in values
+    assert metrics["reward_model_score"] == pytest.approx(sum(values) / len(values))
+
+
+def test_a_prompt_of_another_kind_of_row_is_read_as_a_prompt() -> None:
+    assert set(PromptRow.model_fields) == {"prompt", "episode_id", "scenario_id", "turn", "seat"}

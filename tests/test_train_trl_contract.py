@@ -1,0 +1,101 @@
+"""Pins the inside of TRL that `train/trl_grpo.py` leans on; a failure here means TRL changed, not that we did."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from sotopia_rl.train.adapters import load_policy
+from sotopia_rl.train.data import encode_rows
+from sotopia_rl.train.loading import load_tokenizer
+from sotopia_rl.train.trl_grpo import PROMPT_IDS, prompt_rows
+from training_rows import reward_rows
+from training_settings import GRPO
+
+TRL_CHANGED = f"TRL {trl.__version__} differs from 1.16 in what train/trl_grpo.py relies on: "
+
+
+@pytest.fixture(scope="module")
+def seen(base: Path, sft_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a reward function is given, after one step of TRL's own trainer."""
+    tokenizer = load_tokenizer(base)
+    found: dict[str, Any] = {}
+
+    def reward(**given: Any) -> list[float]:
+        found.update(given)
+        given["log_metric"]("our_metric", 0.25)
+        return [float(i) for i in range(len(given["completions"]))]
+
+    trainer = GRPOTrainer(
+        model=load_policy(base, sft_adapter, tokenizer, GRPO),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("trl")),
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+            max_steps=1,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=4,
+            beta=0.1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            disable_dropout=True,
+        ),
+        train_dataset=prompt_rows(encode_rows(tokenizer, reward_rows(2), max_length=512)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    found |= {"trainer": trainer, "log": trainer.state.log_history[0], "tokenizer": tokenizer}
+    return found
+
+
+def test_rows_reach_the_reward_function(seen: dict[str, Any]) -> None:
+    assert {PROMPT_IDS, "row_number", "completion_ids", "log_metric"} <= set(seen), TRL_CHANGED + "reward arguments"
+    assert len(seen[PROMPT_IDS]) == len(seen["completion_ids"]) == 4, TRL_CHANGED + "one value per completion"
+
+
+def test_trl_generates_from_our_prompt_ids(seen: dict[str, Any]) -> None:
+    tokenizer = seen["tokenizer"]
+    rendered = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for prompt in seen["prompts"]
+    ]
+    assert rendered == seen[PROMPT_IDS], TRL_CHANGED + "how prompts are tokenised"
+
+
+def test_completions_end_with_the_end_token_or_at_the_limit(seen: dict[str, Any]) -> None:
+    for ids in seen["completion_ids"]:
+        ended = ids[-1] == seen["tokenizer"].eos_token_id
+        assert ended or len(ids) == 4, TRL_CHANGED + "completion_ids"
+        assert seen["tokenizer"].pad_token_id not in ids, TRL_CHANGED + "completion_ids"
+
+
+def test_our_metrics_reach_the_log(seen: dict[str, Any]) -> None:
+    assert seen["log"]["our_metric"] == 0.25, TRL_CHANGED + "log_metric"
+    wanted = {"kl", "entropy", "reward", "reward_std", "completions/mean_length", "completions/clipped_ratio"}
+    assert wanted <= set(seen["log"]), TRL_CHANGED + "names of metrics"
+
+
+def test_the_reference_is_a_frozen_copy_named_ref(seen: dict[str, Any]) -> None:
+    model = seen["trainer"].model
+    assert set(model.peft_config) == {"default", "ref"}, TRL_CHANGED + "the adapter `ref`"
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".ref." in n), (
+        TRL_CHANGED + "`ref` is frozen"
+    )
+
+
+def test_without_an_adapter_named_ref_the_reference_is_the_base() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert '"ref" if "ref" in model.peft_config else None' in source, TRL_CHANGED + "the reference without `ref`"
+
+
+def test_rows_keep_what_is_asked_of_them() -> None:
+    assert isinstance(prompt_rows([]), Dataset)
