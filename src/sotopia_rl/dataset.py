@@ -136,13 +136,18 @@ def write_rows(rows: Iterable[PromptRow], path: Path) -> int:
 
 def write_paper_rows(rows: Iterable[PromptRow], path: Path) -> int:
     """Write rows as the paper's code does: one JSON array of `input`, `output` and, for rewards, `value`."""
+    return write_json_array((row.paper_form() for row in rows), path)
+
+
+def write_json_array(items: Iterable[Mapping[str, object]], path: Path) -> int:
+    """Write objects as one JSON array, one at a time; the file appears only when it is whole. Returns their number."""
     count = 0
 
     def pieces() -> Iterator[str]:
         nonlocal count
         yield "["
-        for row in rows:
-            yield (",\n" if count else "\n") + json.dumps(row.paper_form(), ensure_ascii=False)
+        for item in items:
+            yield (",\n" if count else "\n") + json.dumps(item, ensure_ascii=False)
             count += 1
         yield "\n]\n"
 
