@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 import sotopia_rl
-from sotopia_rl.cli import COMMANDS
+from sotopia_rl.cli import COMMANDS, main
 from sotopia_rl.experiment import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -79,22 +80,38 @@ def test_every_config_file_is_a_mapping(path):
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
 
 
-def shell_blocks() -> list[str]:
-    """Lines of the shell examples in the readme and the guides."""
+def shell_lines() -> list[str]:
+    """Commands of the shell examples in the documentation, continued lines joined, comments left out."""
     blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", documentation(), re.DOTALL)
-    return [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip().removeprefix("$ ") for line in lines]
+
+
+def documented_flags() -> dict[str, set[str]]:
+    """Flags used in the documentation, by command."""
+    flags: dict[str, set[str]] = {}
+    for line in shell_lines():
+        if match := re.match(r"(?:\S*/)?sotopia-rl ((?:(?:data|episodes) )?[a-z]\S*)", line):
+            flags.setdefault(match[1], set()).update(re.findall(r"(?<= )--[a-z][\w.-]*", line))
+    return flags
 
 
 def test_documented_commands_exist():
-    groups = {"episodes", "data"}
-    called = {match[1] for line in shell_blocks() if (match := re.match(r"(?:\S*/)?sotopia-rl ([a-z]\S*)", line))}
-    assert called <= set(COMMANDS) | groups
+    assert {command.split()[0] for command in documented_flags()} <= set(COMMANDS) | {"episodes", "data"}
+
+
+@pytest.mark.parametrize("command", sorted(documented_flags()))
+def test_documented_flags_exist(command, capsys):
+    with contextlib.suppress(SystemExit):
+        main([*command.split(), "--help"])
+    offered = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    assert documented_flags()[command] <= offered
 
 
 def test_documented_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    words = [word for line in shell_blocks() if line.startswith("make ") for word in line.split("#")[0].split()[1:]]
+    words = [word for line in shell_lines() if line.startswith("make ") for word in line.split()[1:]]
     assert {word for word in words if re.fullmatch("[a-z-]+", word)} <= targets
     assert {"quickstart", "test", "test-slow", "check", "format", "bench"} <= targets
 
@@ -109,3 +126,14 @@ def test_every_direct_dependency_is_pinned():
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in names} <= pinned
     assert "torch==2.13.0" in pins
     assert not any(pin.startswith(("triton", "nvidia")) or "+" in pin for pin in pins)
+
+
+def test_links_between_documents_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
