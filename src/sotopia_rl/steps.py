@@ -297,6 +297,7 @@ def report(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
         episodes=_shown_episodes(run, e, inputs),
         provenance=_provenance(e, inputs),
         notes=e.notes,
+        gate_min_spearman=e.grpo.gate_min_spearman,
     )
     write_report(page, out)
 
