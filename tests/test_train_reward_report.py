@@ -64,9 +64,11 @@ def test_best_of_n_stops_where_groups_are_too_small() -> None:
     assert [point.n for point in best_of_n(values, values, [[0, 1, 2, 3], [4, 5]])] == [1, 2, 4]
 
 
-def test_replies_are_compared_by_scenario_where_prompts_do_not_repeat() -> None:
-    assert group_keys(["a", "b", "c"], ["s", "s", "t"]) == ("scenario", ["s", "s", "t"])
-    assert group_keys(["a"] * 50, ["s"] * 50)[0] == "prompt"
+def test_what_is_compared_is_the_closest_that_enough_rows_share() -> None:
+    alone, shared = list(range(50)), ["same"] * 50
+    assert group_keys(shared, shared, alone)[0] == "prompt"
+    assert group_keys(alone, shared, alone)[0] == "scenario"
+    assert group_keys(["a", "a", *alone[2:]], alone, shared) == ("turn", shared)
 
 
 def test_the_gate_lets_good_reward_models_through(tmp_path: Path) -> None:

@@ -1,20 +1,26 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, load_peft_weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sotopia_rl.dataset import SFTRow, read_rows
 from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.train.batches import IGNORED, language_rows
 from sotopia_rl.train.data import encode_rows, reply_text
 from sotopia_rl.train.folder import read_metrics
-from sotopia_rl.train.loading import load_tokenizer
+from sotopia_rl.train.grpo import train_grpo
+from sotopia_rl.train.loading import load_base, load_tokenizer
+from sotopia_rl.train.reward_model import train_reward_model
 from sotopia_rl.train.sft import train_sft
-from training_settings import SFT
+from training_settings import GRPO, RM, SFT
 
 
 def comparable(path: Path) -> list[dict[str, object]]:
@@ -122,3 +128,67 @@ def test_a_gpu_that_is_not_there_is_an_error(rows: Path, base: Path, tmp_path: P
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="torch sees no GPU"):
         train_sft(rows, base, SFT.model_copy(update={"device": "cuda"}), tmp_path)
+
+
+def test_a_base_in_four_bits_goes_through_every_stage(rows: Path, base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    four_bits = {"quantise": "nf4", "max_steps": 1}
+    adapter = train_sft(rows, base, SFT.model_copy(update=four_bits), tmp_path / "sft")
+    reward = train_reward_model(rows, base, RM.model_copy(update=four_bits), tmp_path / "rm")
+    settings = GRPO.model_copy(update=four_bits)
+    train_grpo(rows, base, adapter, reward, settings, tmp_path / "grpo")
+    model = load_base(base, load_tokenizer(base), settings)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    assert model.get_memory_footprint() < 0.7 * whole.get_memory_footprint()
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", None])
+def test_a_tokenizer_that_pads_with_its_end_token_is_mended(base: Path, tmp_path: Path, pad: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path)
+    mended = load_tokenizer(tmp_path)
+    assert mended.pad_token == "<|pad|>"
+    assert mended.pad_token_id != mended.eos_token_id
+
+
+def test_a_padding_token_is_added_where_no_other_is_free(rows: Path, base: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "<|pad|>"]
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=tokenizer.chat_template,
+    )
+    bare.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    adapter = train_sft(rows, tmp_path / "base", SFT.model_copy(update={"max_steps": 1}), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(adapter).pad_token == "<|pad|>"
+    assert all("lora_" in name for name in load_peft_weights(str(adapter)))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_plainly_and_checkpoints_survive(rows: Path, base: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from training_settings import SFT\n"
+        "from sotopia_rl.train.sft import train_sft; from sotopia_rl.errors import TrainingError\n"
+        "rows, base, out = map(Path, sys.argv[1:4])\n"
+        "def fill(done, total):\n"
+        "    if done == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: train_sft(rows, base, SFT, out, progress=fill)\n"
+        "except TrainingError as error: print(error)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(rows), str(base), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert found.stdout.strip() == f"{tmp_path}: the disk is full; make room and resume"
+    train_sft(rows, base, SFT, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")][-1] == 6

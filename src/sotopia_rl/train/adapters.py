@@ -91,14 +91,14 @@ class RewardScorer:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[B, D] scores of token id sequences, read at each one's last token."""
-        order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))
-        scores_BD = torch.empty(len(sequences), self.head_DH.shape[0])
+        """[B, D] scores of token id sequences, read at each one's last token; equal ones are scored once."""
+        distinct = sorted({tuple(sequence) for sequence in sequences}, key=lambda ids: (len(ids), ids))
+        scores: dict[tuple[int, ...], torch.Tensor] = {}
         with only_adapter(self.model, REWARD):
-            for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                scores_BD[places] = self._score([sequences[place] for place in places]).cpu()
-        return scores_BD
+            for start in range(0, len(distinct), self.batch_size):
+                part = distinct[start : start + self.batch_size]
+                scores.update(zip(part, self._score(part).cpu(), strict=True))
+        return torch.stack([scores[tuple(sequence)] for sequence in sequences])
 
     def _score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
         batch = padded_inputs(sequences, self.pad_token_id)

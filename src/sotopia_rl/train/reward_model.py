@@ -193,7 +193,9 @@ def make_report(
 ) -> RewardReport:
     """Compare the predictions for the held-out rows, output by output."""
     groups, keys = group_keys(
-        [row.prompt[-1].content for row in held_out], [(row.scenario_id, row.seat, row.turn) for row in held_out]
+        [row.prompt[-1].content for row in held_out],
+        [(row.scenario_id, row.seat, row.turn) for row in held_out],
+        [row.turn for row in held_out],
     )
     means = np.mean(np.array(train_targets), axis=0)
     outputs = [

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from sotopia_rl.train.folder import read_json
 Values = NDArray[np.float64]
 
 BEST_OF = (1, 2, 4, 8, 16)
-MIN_SHARED_PROMPTS = 40
+MIN_SHARING = 40
 """Held-out rows that must share their prompt with another one before prompts are what is compared."""
 
 
@@ -67,9 +68,9 @@ class OutputReport(Record):
 class RewardReport(Record):
     """The report of a reward model, one entry per output."""
 
-    groups: str
-    """What pairs and best-of-N compare: replies to one `prompt`, or, where hardly any rows share a prompt,
-    replies at the same turn of one `scenario`."""
+    groups: Literal["prompt", "scenario", "turn"]
+    """What pairs and best-of-N compare: replies to one `prompt`; where hardly any rows share a prompt, replies at
+    the same turn of one `scenario`; failing that too, replies at the same `turn` of any, a much weaker test."""
     held_out_episodes: int
     outputs: tuple[OutputReport, ...]
 
@@ -127,10 +128,20 @@ def report_output(
     )
 
 
-def group_keys(prompts: Sequence[Hashable], scenarios: Sequence[Hashable]) -> tuple[str, Sequence[Hashable]]:
-    """What to compare: replies to one prompt where enough share one, else those at one place of a scenario."""
-    shared = sum(len(group) for group in _members(prompts) if len(group) > 1)
-    return ("prompt", prompts) if shared >= MIN_SHARED_PROMPTS else ("scenario", scenarios)
+def group_keys(
+    prompts: Sequence[Hashable], scenarios: Sequence[Hashable], turns: Sequence[Hashable]
+) -> tuple[Literal["prompt", "scenario", "turn"], Sequence[Hashable]]:
+    """What to compare: replies to one prompt where enough share one, else at one place of a scenario, else of any."""
+    if _sharing(prompts) >= MIN_SHARING:
+        return "prompt", prompts
+    if _sharing(scenarios) >= MIN_SHARING:
+        return "scenario", scenarios
+    return "turn", turns
+
+
+def _sharing(keys: Sequence[Hashable]) -> int:
+    """How many rows share their key with another one."""
+    return sum(len(group) for group in _members(keys) if len(group) > 1)
 
 
 def calibration(predicted: Values, actual: Values, bins: int = 10) -> tuple[CalibrationBin, ...]:
