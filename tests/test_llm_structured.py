@@ -23,7 +23,7 @@ class Repeater:
     asked: list[list[Message]] = field(default_factory=list)
     seeds: list[int | None] = field(default_factory=list)
 
-    async def complete(self, messages, sampling, *, seed=None, schema=None):  # noqa: ARG002
+    async def complete(self, messages, sampling, *, seed=None, schema=None):
         self.asked.append(list(messages))
         self.seeds.append(seed)
         return self.replies[len(self.asked) - 1]
