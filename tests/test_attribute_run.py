@@ -483,6 +483,7 @@ def test_response_only_hides_the_rest_of_the_conversation():
         ({"samples": 3}, "at temperature 0"),
         ({"method": "singular", "view": "online"}, "no online view"),
         ({"method": "uniform", "view": "online"}, "no online view"),
+        ({"method": "counterfactual", "view": "online"}, "no online view"),
         ({"scale": 4}, "3, 5 or 10"),
         ({"method": "best"}, "direct_normalised"),
         ({"custom_dimensions": ({"name": "goal", "low": 0, "high": 3, "description": "x"},)}, "built-in"),

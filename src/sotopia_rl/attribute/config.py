@@ -88,7 +88,7 @@ class AttributionConfig(Config):
             raise ValueError(f"custom dimension {', '.join(clash)} has the name of a built-in one")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.samples} samples at temperature 0 are all the same; set a temperature")
-        if self.view == "online" and self.method in COMPUTED_METHODS | {"singular", "response_only"}:
+        if self.view == "online" and self.method in COMPUTED_METHODS | {"singular", "response_only", "counterfactual"}:
             raise ValueError(f"{self.method} needs more than the turns up to an utterance and has no online view")
         return self
 
