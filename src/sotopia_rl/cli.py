@@ -19,6 +19,7 @@ app = App(
     name="sotopia-rl",
     version=__version__,
     help="Train language agents to be socially intelligent, and measure whether they are.",
+    suppress_keyboard_interrupt=False,  # `main` says more than nothing
 )
 
 _PIPELINE = "The line, stage by stage"

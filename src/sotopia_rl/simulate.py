@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from pydantic import Field
 
@@ -33,7 +34,7 @@ from sotopia_rl.episode import (
     derived_ulid,
     sha256_text,
 )
-from sotopia_rl.errors import BudgetError, ModelCallError
+from sotopia_rl.errors import BudgetError, EndpointDownError, ModelCallError
 from sotopia_rl.llm.extract import extract_json
 from sotopia_rl.llm.structured import UnusableReply, ask
 from sotopia_rl.models import ChatModel, JsonSchema
@@ -148,13 +149,19 @@ def turn_seed(match: Match, turn_index: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-async def play(
-    pairing: Pairing, models: tuple[ChatModel, ChatModel], *, tag: str, config: SimulateConfig
-) -> Episode:
+async def play(pairing: Pairing, models: tuple[ChatModel, ChatModel], *, tag: str, config: SimulateConfig) -> Episode:
     """Play one match to its end. Whatever goes wrong with a model is in the episode's status and failure."""
+    return (await _play(pairing, models, tag, config))[0]
+
+
+async def _play(
+    pairing: Pairing, models: tuple[ChatModel, ChatModel], tag: str, config: SimulateConfig
+) -> tuple[Episode, ModelCallError | None]:
+    """The episode, and the error that ended it."""
     turns: list[Turn] = []
     status: EpisodeStatus = "completed"
     failure: Failure | None = None
+    broke: ModelCallError | None = None
     try:
         async with asyncio.timeout(config.episode_timeout_seconds):
             await _converse(pairing, models, config, turns)
@@ -162,11 +169,10 @@ async def play(
         status = "timed_out"
         message = f"the episode took longer than {config.episode_timeout_seconds:g} s"
         failure = Failure(kind="timeout", message=message, turn=len(turns))
-    except BudgetError as error:
-        status, failure = "cancelled", failure_of(error, turn=len(turns))
     except ModelCallError as error:
-        status, failure = "agent_failed", failure_of(error, turn=len(turns))
-    return Episode(
+        status = "cancelled" if isinstance(error, BudgetError) else "agent_failed"
+        failure, broke = failure_of(error, turn=len(turns)), error
+    episode = Episode(
         id=episode_id(pairing, tag=tag, config=config),
         tag=tag,
         match=pairing.match,
@@ -179,6 +185,7 @@ async def play(
         turns=tuple(turns),
         package_version=__version__,
     )
+    return episode, broke
 
 
 async def _converse(
@@ -219,7 +226,7 @@ async def simulate(
     *,
     tag: str,
     config: SimulateConfig,
-) -> AsyncIterator[Episode]:
+) -> AsyncGenerator[Episode, None]:
     """Play many matches, `config.concurrency` at once; yield each episode as it ends.
 
     Args:
@@ -227,26 +234,24 @@ async def simulate(
         get_model: From a model string to the open model.
 
     Raises:
-        ModelCallError: Too many episodes in a row found no endpoint; those were yielded first.
+        BudgetError: The spend cap is reached.
+        EndpointDownError: An endpoint was given up, or too many episodes in a row found none. What had ended by then
+            was yielded; what was under way is not.
     """
 
-    async def one(pairing: Pairing) -> Episode:
+    async def one(pairing: Pairing) -> tuple[Episode, ModelCallError | None]:
         models = (get_model(pairing.agents[0].model), get_model(pairing.agents[1].model))
-        return await play(pairing, models, tag=tag, config=config)
+        return await _play(pairing, models, tag, config)
 
     unreachable = 0
-    async for _, outcome in bounded(pairings, one, limit=config.concurrency):
-        episode = cast(Episode, outcome)  # `play` turns every model failure into a status
-        yield episode
-        lost = episode.failure is not None and episode.failure.kind == "connection"
-        unreachable = unreachable + 1 if lost else 0
-        if episode.status == "cancelled" and episode.failure is not None:
-            raise BudgetError(episode.failure.message, model="")
-        if unreachable >= config.stop_after_connection_failures and episode.failure is not None:
-            message = f"stopped: {unreachable} episodes in a row got no answer; the last: {episode.failure.message}"
-            raise ModelCallError(message, model="", kind="connection")
-
-
-def action_from(value: dict[str, Any]) -> Action:
-    """An action from already decoded JSON, for environments that pass dictionaries."""
-    return parse_action(json.dumps(value))
+    async with aclosing(bounded(pairings, one, limit=config.concurrency)) as outcomes:
+        async for _, outcome in outcomes:
+            # `_play` turns every model failure into a status
+            episode, broke = cast(tuple[Episode, ModelCallError | None], outcome)
+            yield episode
+            if isinstance(broke, BudgetError):
+                raise broke
+            unreachable = unreachable + 1 if broke is not None and broke.kind == "connection" else 0
+            if isinstance(broke, EndpointDownError) or (broke and unreachable >= config.stop_after_connection_failures):
+                message = f"stopped: {broke}; matches that failed are played again with --retry-failed"
+                raise EndpointDownError(message, model=broke.model, kind=broke.kind)

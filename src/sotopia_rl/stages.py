@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ class Tally:
     failed: Counter[str] = field(default_factory=Counter)
     """By cause."""
     usage: Usage = field(default_factory=Usage)
+    stopped: str = ""
+    """Why not everything was tried: the endpoint was given up, or the spend cap reached."""
     note: str = ""
     """Shown instead of counts, for instance the loss of a training step."""
 
@@ -117,10 +120,11 @@ async def simulate_into(
     missing = [p for p in pairings if episode_id(p, tag=tag, config=config) not in present]
     tally = Tally("episodes", total=len(missing), skipped=len(pairings) - len(missing))
     watch(tally)
-    async for episode in simulate(missing, get_model, tag=tag, config=config):
-        store.add_episode(episode)
-        tally.add(episode.failure, episode.usage)
-        watch(tally)
+    async with aclosing(simulate(missing, get_model, tag=tag, config=config)) as episodes:
+        async for episode in episodes:
+            store.add_episode(episode)
+            tally.add(episode.failure, episode.usage)
+            watch(tally)
     return tally
 
 
@@ -145,15 +149,19 @@ async def judge_into(
     tally = Tally("judgements", total=len(todo), skipped=len(rated))
     watch(tally)
     target.delete_failures("judge", [f"{e}/{judge.name}" for e in todo])
+    last = Failure(kind="cancelled", message="stopped")
     source = (episodes.episode(episode_id) for episode_id in todo)
     async for episode, outcome in judge_all(source, judge, config, limit=limit):
         if isinstance(outcome, Failure):
+            last = outcome
             target.add_failure("judge", f"{episode.id}/{judge.name}", outcome)
             tally.add(outcome, Usage())
         else:
             target.add_rating(outcome)
             tally.add(None, outcome.provenance.usage)
         watch(tally)
+    if tally.done < tally.total:
+        tally.stopped = last.message
     return tally
 
 
@@ -168,20 +176,20 @@ async def play_and_judge(
     judging: JudgeConfig,
     watch: Watch,
     retry_failed: bool = False,
-) -> Tally:
-    """Play what the store lacks and, where a judge is given, rate what it has no rating of.
+) -> list[Tally]:
+    """Play what the store lacks and, where a judge is given, rate what it has no rating of; a tally of each.
 
     Every model string is opened first, so that a wrong one is found before the first match.
     """
     for name in {agent.model for pairing in pairings for agent in pairing.agents} | ({judge} if judge else set()):
         pool.get(name)
-    tally = await simulate_into(
+    played = await simulate_into(
         store, pairings, pool.get, tag=tag, config=simulate, watch=watch, retry_failed=retry_failed
     )
-    if judge is not None:
-        query = EpisodeQuery(tag=tag, status="completed")
-        await judge_into(store, store, query, pool.get(judge), config=judging, limit=simulate.concurrency, watch=watch)
-    return tally
+    if judge is None:
+        return [played]
+    query, limit = EpisodeQuery(tag=tag, status="completed"), simulate.concurrency
+    return [played, await judge_into(store, store, query, pool.get(judge), config=judging, limit=limit, watch=watch)]
 
 
 async def annotate_into(
@@ -217,7 +225,7 @@ async def annotate_into(
         else:
             target.add_attributions(outcome)
             target.delete_failures("annotate", [item_id])
-            tally.add(None, outcome[0].provenance.usage)
+            tally.add(None, sum((a.provenance.usage for a in outcome), Usage()))
         watch(tally)
     tally.skipped = tally.total - tally.done
     return tally

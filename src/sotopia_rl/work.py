@@ -7,11 +7,11 @@ not a `SotopiaRLError`) still stop the run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from sotopia_rl.episode import Failure
-from sotopia_rl.errors import BudgetError, ModelCallError
+from sotopia_rl.errors import BudgetError, EndpointDownError, ModelCallError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,11 +27,12 @@ async def bounded(
     work: Callable[[Item], Awaitable[Result]],
     *,
     limit: int,
-) -> AsyncIterator[tuple[Item, Result | Failure]]:
+) -> AsyncGenerator[tuple[Item, Result | Failure], None]:
     """Run `work` on every item, at most `limit` at once; yield each as it finishes.
 
     Items are taken from the iterable only as room appears, so it may be long and lazy. A `ModelCallError`
-    is yielded as a `Failure` of its item; a `BudgetError` too, after which no further item is started.
+    is yielded as a `Failure` of its item; a `BudgetError` and an `EndpointDownError` too, after which no further item
+    is started. Who stops early closes the generator (`aclosing`), which cancels what is in flight.
 
     Raises:
         Exception: Anything else that `work` raises; what is in flight is cancelled first.
@@ -56,7 +57,7 @@ async def bounded(
                 try:
                     result: Result | Failure = task.result()
                 except ModelCallError as error:
-                    open_for_more = open_for_more and not isinstance(error, BudgetError)
+                    open_for_more = open_for_more and not isinstance(error, (BudgetError, EndpointDownError))
                     result = failure_of(error)
                 yield item, result
     finally:

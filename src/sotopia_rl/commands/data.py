@@ -101,7 +101,7 @@ def simulate(
     with closing(open_store(store)) as episodes, bars() as watch:
         refuse_started(episodes, tag, resume=resume)
 
-        tally = with_models(
+        tallies = with_models(
             limits,
             lambda pool: stages.play_and_judge(
                 pool,
@@ -115,7 +115,7 @@ def simulate(
                 retry_failed=retry_failed,
             ),
         )
-    finish(tally)
+    finish(*tallies)
 
 
 def judge(

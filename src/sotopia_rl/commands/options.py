@@ -44,13 +44,17 @@ def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -
     return load_manifest(Path(name))
 
 
-def finish(tally: Tally) -> None:
-    """Say what was done; an error where nothing succeeded.
+def finish(*tallies: Tally) -> None:
+    """Say what was done; an error where nothing succeeded, or the work was stopped.
 
     Raises:
-        SotopiaRLError: Every item failed.
+        SotopiaRLError: Every item failed, or not every item was tried.
     """
-    extra = detail(tally)
-    err.print(str(tally) + (f" ({extra})" if extra else ""))
-    if tally.done and sum(tally.failed.values()) == tally.done:
-        raise SotopiaRLError(f"all {tally.done} {tally.stage} failed")
+    for tally in tallies:
+        extra = detail(tally)
+        err.print(str(tally) + (f" ({extra})" if extra else ""), markup=False, soft_wrap=True)
+    for tally in tallies:
+        if tally.stopped:
+            raise SotopiaRLError(f"stopped after {tally.done} of {tally.total} {tally.stage}: {tally.stopped}")
+        if tally.done and sum(tally.failed.values()) == tally.done:
+            raise SotopiaRLError(f"all {tally.done} {tally.stage} failed")
