@@ -63,7 +63,8 @@ def bars() -> Iterator[Watch]:
 
 def detail(tally: Tally) -> str:
     """Failures by cause, calls, tokens and cost, in a few words."""
-    parts = [f"{kind} {count}" for kind, count in sorted(tally.failed.items())]
+    causes = ", ".join(f"{kind} {count}" for kind, count in sorted(tally.failed.items()))
+    parts = [causes] if causes else []
     if tally.usage.calls:
         tokens = tally.usage.prompt_tokens + tally.usage.completion_tokens
         parts.append(f"{tally.usage.calls} calls, {_short(tokens)} tokens")

@@ -69,7 +69,7 @@ def list_episodes(
         query = choice.query(shown)
         write = _terminal_lines if out.is_terminal else _tab_separated
         write(episodes.summaries(query))
-        err.print(_total(episodes, query))
+        err.print(_total(episodes, query), markup=False, soft_wrap=True)
 
 
 def _tab_separated(summaries: Iterable[EpisodeSummary]) -> None:
@@ -167,7 +167,7 @@ def export_episodes(
         else:
             with closing(open_store(target)) as into:
                 report = copy(source, into, query)
-    err.print(f"{target}: {report}", markup=False)
+    err.print(f"{target}: {report}", markup=False, soft_wrap=True)
 
 
 def import_episodes(
@@ -208,4 +208,4 @@ def import_episodes(
         else:
             with closing(open_store(source, create=False)) as other:
                 report = copy(other, into, query)
-    err.print(f"{store}: {report}", markup=False)
+    err.print(f"{store}: {report}", markup=False, soft_wrap=True)

@@ -1,0 +1,231 @@
+"""`simulate`, `judge` and `episodes`, as a shell would call them, over scripted models and a local server."""
+
+import json
+
+import pytest
+
+from faulty_server import FaultyServer, reply
+from sotopia_rl.cli import main
+from sotopia_rl.commands.options import finish
+from sotopia_rl.console import detail
+from sotopia_rl.episode import Action, Failure, Usage
+from sotopia_rl.stages import Tally
+from sotopia_rl.store import EpisodeQuery, open_store
+from store_samples import episode, rating
+
+SPEAKERS = ["--agent1", "scripted/fair", "--agent2", "scripted/leaky"]
+
+
+@pytest.fixture
+def said(capsys):
+    """Call a command: its exit code, stdout and stderr."""
+
+    def call(*arguments):
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Three episodes of samples, one of them failed, one judged."""
+    path = tmp_path / "samples.db"
+    with open_store(path) as opened:
+        opened.add_episodes([episode(0), episode(1), failed()])
+        opened.add_rating(rating(episode(0)))
+    return path
+
+
+def failed():
+    return episode(2, tag="other", failure=Failure(kind="timeout", message="no reply within 60 seconds", turn=6))
+
+
+def contents(path):
+    with open_store(path, create=False) as opened:
+        return list(opened.episodes()), list(opened.ratings())
+
+
+# list
+
+
+def test_list_prints_a_line_per_episode_with_tabs_on_a_pipe(said, store):
+    code, out, err = said("episodes", "list", "--store", store)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0
+    assert [line[0] for line in lines] == sorted(e.id for e in (episode(0), episode(1), failed()))
+    by_id = {line[0]: line[1:] for line in lines}
+    assert by_id[episode(0).id] == ["completed", "", "6", "code0", "scripted/fair", "scripted/tough", "t"]
+    assert by_id[failed().id][:2] == ["agent_failed", "timeout"]
+    assert "3 of 3 episodes" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "numbers"),
+    [
+        (["--tag", "t"], {0, 1}),
+        (["--status", "agent_failed"], {2}),
+        (["--codename", "code1"], {1}),
+        (["--scenario-id", "scenario0"], {0}),
+        (["--model", "scripted/tough"], {0, 1, 2}),
+        (["--tag", "t", "--codename", "code2"], set()),
+    ],
+)
+def test_list_can_be_narrowed(said, store, flags, numbers):
+    ids = {episode(0).id: 0, episode(1).id: 1, failed().id: 2}
+    _, out, _ = said("episodes", "list", "--store", store, *flags)
+    assert {ids[line.split("\t")[0]] for line in out.splitlines()} == numbers
+
+
+def test_list_can_be_cut(said, store):
+    _, out, err = said("episodes", "list", "--store", store, "--limit", 2)
+    assert len(out.splitlines()) == 2
+    assert "2 of 3 episodes" in err
+
+
+def test_a_store_that_is_not_there_is_one_line_and_is_not_made(said, tmp_path):
+    code, out, err = said("episodes", "list", "--store", tmp_path / "none.db")
+    assert (code, out) == (1, "")
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "none.db").exists()
+
+
+# show
+
+
+def test_show_is_a_conversation_with_goals_and_scores(said, store):
+    code, out, _ = said("episodes", "show", episode(0).id[:12].lower(), "--store", store)
+    assert code == 0
+    for text in (
+        "code0",
+        "Élodie O'Malley",
+        "Keep the cat",
+        'I said "no": <b>two</b> {things}.',
+        "Second paragraph 李雷.",
+    ):
+        assert text in out
+    for text in ("says nothing", "[non-verbal communication] nods", "leaves", "somebody left", "overall", "goal"):
+        assert text in out
+
+
+def test_show_says_why_and_where_an_episode_failed(said, store):
+    _, out, _ = said("episodes", "show", failed().id, "--store", store)
+    assert "agent_failed at turn 6 (timeout): no reply within 60 seconds" in out
+
+
+@pytest.mark.parametrize(("start", "words"), [("ZZZZ", "no episode's id starts"), ("", "3 episodes' ids start")])
+def test_show_wants_one_episode(said, store, start, words):
+    code, _, err = said("episodes", "show", start, "--store", store)
+    assert code == 1
+    assert words in err
+
+
+# export and import
+
+
+def test_what_is_exported_comes_back_the_same(said, store, tmp_path):
+    assert said("episodes", "export", tmp_path / "all.jsonl", "--store", store)[0] == 0
+    assert said("episodes", "import", tmp_path / "all.jsonl", "--store", tmp_path / "again.db")[0] == 0
+    assert contents(tmp_path / "again.db") == contents(store)
+
+
+def test_a_choice_of_episodes_goes_into_another_store(said, store, tmp_path):
+    code, _, err = said("episodes", "export", tmp_path / "few.db", "--store", store, "--tag", "t")
+    assert code == 0
+    assert "2 episodes, 1 ratings" in err
+    assert {e.tag for e in contents(tmp_path / "few.db")[0]} == {"t"}
+    code, _, _ = said("episodes", "import", store, "--store", tmp_path / "few.db", "--status", "agent_failed")
+    assert contents(tmp_path / "few.db") == contents(store)
+
+
+def test_sotopias_lines_hold_what_sotopia_knows_and_say_what_was_left_out(said, store, tmp_path):
+    code, _, err = said("episodes", "export", tmp_path / "s.jsonl", "--store", store, "--layout", "sotopia")
+    assert code == 0
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert episode(0).id in {line["episode_id"] for line in lines}
+    assert failed().id not in {line["episode_id"] for line in lines}
+    assert "Left out: " in err
+    assert said("episodes", "import", tmp_path / "s.jsonl", "--store", tmp_path / "back.db")[0] == 0
+    back = {e.id: e for e in contents(tmp_path / "back.db")[0]}
+    assert [t.action for t in back[episode(0).id].turns] == [t.action for t in episode(0).turns]
+
+
+def test_a_torn_line_is_refused_or_skipped_as_told(said, store, tmp_path):
+    said("episodes", "export", tmp_path / "torn.jsonl", "--store", store)
+    torn = (tmp_path / "torn.jsonl").read_text().rstrip("\n")[:-20]
+    (tmp_path / "torn.jsonl").write_text(torn)
+    code, _, err = said("episodes", "import", tmp_path / "torn.jsonl", "--store", tmp_path / "a.db")
+    assert code == 1
+    assert "torn.jsonl:" in err
+    assert said("episodes", "import", tmp_path / "torn.jsonl", "--store", tmp_path / "b.db", "--skip-torn-line")[0] == 0
+
+
+# simulate and judge
+
+
+def test_a_simulated_tag_is_continued_and_judged_later(said, tmp_path):
+    where = ["--tag", "t", "--store", tmp_path / "e.db"]
+    play = ["simulate", "--manifest", "sandbox-train", *SPEAKERS, *where]
+    assert said(*play, "--count", 3)[0] == 0
+    code, _, err = said(*play, "--count", 5)
+    assert code == 0
+    assert "2 of 2 episodes; 3 were there already" in err
+    assert not contents(tmp_path / "e.db")[1]
+    assert said("judge", "--judge", "scripted/judge", *where)[0] == 0
+    episodes, ratings = contents(tmp_path / "e.db")
+    assert {r.episode_id for r in ratings} == {e.id for e in episodes}
+    code, _, err = said("judge", "--judge", "scripted/judge", *where)
+    assert (code, "0 of 0 judgements" in err) == (0, True)
+
+
+def test_failed_matches_are_played_again_alone(said, tmp_path):
+    leave = reply(Action(action_type="leave").to_json())
+    answers = [*[reply("no")] * 3, leave]  # the first match's three attempts
+    with FaultyServer(answers) as server:
+        agent = f"custom/any@{server.url}"
+        command = ["simulate", "--manifest", "sandbox-train", "--count", 3, "--agent1", agent, "--agent2", agent]
+        command += ["--tag", "t", "--store", tmp_path / "e.db", "--concurrency", 1]
+        code, _, err = said(*command)
+        assert (code, "failed: bad_reply 1" in err) == (0, True)
+        assert "0 of 0 episodes; 3 were there already" in said(*command)[2]
+        code, _, err = said(*command, "--retry-failed")
+        assert (code, "1 of 1 episodes; 2 were there already" in err) == (0, True)
+    with open_store(tmp_path / "e.db") as opened:
+        assert opened.count(EpisodeQuery(status="completed")) == 3
+
+
+def test_a_judge_that_always_fails_ends_the_command_with_an_error(said, tmp_path):
+    with FaultyServer(["400"]) as server:
+        code, _, err = said(
+            *["simulate", "--manifest", "sandbox-train", "--count", 2, *SPEAKERS, "--tag", "t"],
+            *["--store", tmp_path / "e.db", "--judge", f"custom/j@{server.url}"],
+        )
+    assert code == 1
+    assert "all 2 judgements failed" in err
+    assert len(contents(tmp_path / "e.db")[0]) == 2
+
+
+# Progress
+
+
+def test_progress_tells_failures_by_cause_calls_tokens_and_cost():
+    tally = Tally("episodes", total=5)
+    tally.add(None, Usage(calls=20, prompt_tokens=100_000, completion_tokens=2_000, cost_usd=0.5))
+    tally.add(Failure(kind="timeout", message="x"), Usage())
+    tally.add(Failure(kind="bad_reply", message="x"), Usage(calls=2))
+    assert detail(tally) == "bad_reply 1, timeout 1; 22 calls, 102.0k tokens; $0.50"
+    assert str(tally) == "3 of 5 episodes; failed: bad_reply 1, timeout 1"
+
+
+def test_finishing_a_stopped_stage_is_an_error_that_says_why(capsys):
+    from sotopia_rl.errors import SotopiaRLError
+
+    tally = Tally("judgements", total=5, done=2, stopped="j: spend cap reached")
+    with pytest.raises(SotopiaRLError, match="stopped after 2 of 5 judgements: j: spend cap reached"):
+        finish(tally)
+    assert "2 of 5 judgements" in capsys.readouterr().err
