@@ -37,7 +37,7 @@ def test_the_loss_covers_the_reply_and_its_end_token_and_nothing_else(rows: Path
     data = list(read_rows(SFTRow, rows))
     for row, columns in zip(
         data,
-        language_rows(encode_rows(tokenizer, data, max_length=512, reply=reply_text), loss_on="reply"),
+        language_rows(encode_rows(tokenizer, data, max_length=512, reply=reply_text)),
         strict=True,
     ):
         trained = [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != IGNORED]

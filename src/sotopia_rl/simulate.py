@@ -65,6 +65,8 @@ class SimulateConfig(Config):
     """An episode is stale when more than this many `none` actions come in a row."""
     count_masked_turns: bool = Field(default=False)
     """Judge staleness as sotopia 0.1.0rc5 to 0.1.5 do, where the waiting agent's turn counts as `none`."""
+    constrain: bool = Field(default=True)
+    """Constrain agents' replies to the action's JSON schema, where a model can be."""
     max_attempts: int = Field(default=3, gt=0)
     """Times an agent is asked for an action before its episode fails."""
     episode_timeout_seconds: float = Field(default=1800.0, gt=0)
@@ -85,7 +87,9 @@ class Pairing:
 
 def episode_id(pairing: Pairing, *, tag: str, config: SimulateConfig) -> str:
     """The id under which this pairing's episode is stored; the same call finds it again."""
-    rules = config.model_dump(include={"prompt_profile", "max_turns", "max_silent_turns", "count_masked_turns"})
+    rules = config.model_dump(
+        include={"prompt_profile", "max_turns", "max_silent_turns", "count_masked_turns", "constrain"}
+    )
     agents = [agent.model_dump_json() for agent in pairing.agents]
     return derived_ulid("episode", tag, pairing.match.id, *agents, json.dumps(rules, sort_keys=True))
 
@@ -203,7 +207,7 @@ async def _converse(
             parse_action,
             sampling=pairing.agents[seat].sampling,
             seed=turn_seed(pairing.match, index),
-            schema=ACTION_SCHEMA,
+            schema=ACTION_SCHEMA if config.constrain else None,
             max_attempts=config.max_attempts,
         )
         actions.append(answer.value)

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 
 from sotopia_rl.train.data import Encoded
 
+Number = TypeVar("Number", int, float)
+
 IGNORED = -100
 """Label of a token that has no part in the loss."""
 
 
-def language_rows(encoded: Sequence[Encoded], *, loss_on: Literal["all", "reply"]) -> Dataset:
-    """Rows for a language model: ids, and labels on every token or on the reply's only."""
-    return Dataset.from_list([{"input_ids": row.ids, "labels": _labels(row, loss_on)} for row in encoded])
+def language_rows(encoded: Sequence[Encoded]) -> Dataset:
+    """Rows for a language model: ids, and labels on the reply's tokens only."""
+    return Dataset.from_list(
+        [{"input_ids": row.ids, "labels": [IGNORED] * len(row.prompt_ids) + row.completion_ids} for row in encoded]
+    )
 
 
-def _labels(row: Encoded, loss_on: Literal["all", "reply"]) -> list[int]:
-    if loss_on == "all":
-        return row.ids
-    return [IGNORED] * len(row.prompt_ids) + row.completion_ids
+def weighted_rows(encoded: Sequence[Encoded], prompt_weight: float) -> Dataset:
+    """Rows for a language model with a loss weight per token: 1 on the reply, `prompt_weight` before it."""
+    return Dataset.from_list(
+        [
+            {"input_ids": row.ids, "weights": [prompt_weight] * len(row.prompt_ids) + [1.0] * len(row.completion_ids)}
+            for row in encoded
+        ]
+    )
 
 
 def target_rows(encoded: Sequence[Encoded], targets: Sequence[Sequence[float]]) -> Dataset:
@@ -44,6 +52,17 @@ class TokenPadding:
 
 
 @dataclass(frozen=True)
+class WeightPadding:
+    """Collates rows with a loss weight per token into right-padded tensors [B, T]; padding weighs nothing."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        weights = padded([row["weights"] for row in rows], 0.0)
+        return padded_inputs([row["input_ids"] for row in rows], self.pad_token_id) | {"weights": weights}
+
+
+@dataclass(frozen=True)
 class TargetPadding:
     """Collates rows with targets [D] into right-padded ids [B, T] and labels [B, D]."""
 
@@ -59,7 +78,7 @@ def padded_inputs(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, 
     return {"input_ids": padded(ids, pad_token_id), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
 
 
-def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[Number]], value: Number) -> torch.Tensor:
     """[B, T] with every row filled up at its right end."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])

@@ -41,18 +41,20 @@ class TrainerSettings(Config):
 class TinyModelSettings(TrainerSettings):
     """A causal language model small enough to be made on the spot, tokenizer included."""
 
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=4e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    max_steps: int = Field(default=150, gt=0)
+    max_steps: int = Field(default=700, gt=0)
     batch_size: int = Field(default=16, gt=0)
-    save_every: int = Field(default=50, gt=0)
+    save_every: int = Field(default=200, gt=0)
+    prompt_weight: float = Field(default=0.1, ge=0)
+    """Loss weight of a prompt's tokens; a reply's weigh 1."""
     vocabulary: int = Field(default=1024, ge=300)
     """Tokens at most, the 256 bytes and the special tokens included."""
-    hidden_size: int = Field(default=128, gt=0)
-    layers: int = Field(default=4, gt=0)
+    hidden_size: int = Field(default=96, gt=0)
+    layers: int = Field(default=3, gt=0)
     heads: int = Field(default=4, gt=0)
     key_value_heads: int = Field(default=2, gt=0)
-    mlp_size: int = Field(default=384, gt=0)
+    mlp_size: int = Field(default=256, gt=0)
     max_length: int = Field(default=512, gt=0)
     """Longest row in tokens; older turns of longer rows are left out."""
     context_length: int = Field(default=1024, gt=0)

@@ -95,8 +95,8 @@ def _make_trainer(
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=language_rows(train_rows, loss_on="reply"),
-        eval_dataset=language_rows(eval_rows, loss_on="reply") if eval_rows else None,
+        train_dataset=language_rows(train_rows),
+        eval_dataset=language_rows(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=lora_config(settings, "CAUSAL_LM") if settings.tuning == "lora" else None,
     )
