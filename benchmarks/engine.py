@@ -88,12 +88,14 @@ def our_engine(job: Job) -> dict[str, float]:
 
 
 def published_engine(python: Path, redis_url: str, job: Job) -> dict[str, float]:
-    environment = {**os.environ, "REDIS_OM_URL": redis_url, "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "1"}
+    own = {"REDIS_OM_URL": redis_url, "OPENAI_API_KEY": "none", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "figures.json", Path(folder) / "log"
         command = [str(python), str(ENGINES / "published.py"), json.dumps(job), str(result)]
         with log.open("w") as output:
-            code = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=folder, check=False)
+            code = subprocess.run(
+                command, stdout=output, stderr=output, env={**os.environ, **own}, cwd=folder, check=False
+            )
         if not result.exists():
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise RuntimeError(f"{python}: exit code {code.returncode}, no figures; its last words:\n{tail}")
@@ -250,7 +252,8 @@ def report(rows: list[Row], skipped: list[str], *, markdown: bool) -> None:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

@@ -13,6 +13,8 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import sotopia.server
 from sotopia.agents import LLMAgent
@@ -20,28 +22,27 @@ from sotopia.database import AgentProfile, EnvironmentProfile
 from sotopia.envs import evaluators
 from sotopia.envs.parallel import ParallelSotopiaEnv
 
-DIMENSIONS = getattr(evaluators, "SotopiaDimensions", None)
 if hasattr(evaluators, "EvaluationForAgents"):  # 0.1.5
-    from sotopia.database import SotopiaDimensions as DIMENSIONS  # noqa: N814
+    from sotopia.database import SotopiaDimensions
 
-    FORM = evaluators.EvaluationForAgents
+    FORM = evaluators.EvaluationForAgents[SotopiaDimensions]
 else:
-    FORM = evaluators.EvaluationForTwoAgents
+    FORM = evaluators.EvaluationForTwoAgents[evaluators.SotopiaDimensions]
 
 sotopia.server.EpisodeLog = functools.partial(sotopia.server.EpisodeLog, pk="")
 
 
-def environment(profile, judge):
+def environment(profile: EnvironmentProfile, judge: str) -> ParallelSotopiaEnv:
     return ParallelSotopiaEnv(
         env_profile=profile,
         model_name=judge,
         action_order="round-robin",
         evaluators=[evaluators.RuleBasedTerminatedEvaluator(max_turn_number=20, max_stale_turn=2)],
-        terminal_evaluators=[evaluators.EpisodeLLMEvaluator(judge, FORM[DIMENSIONS])],
+        terminal_evaluators=[evaluators.EpisodeLLMEvaluator(judge, FORM)],
     )
 
 
-async def play(job):
+async def play(job: dict[str, Any]) -> dict[str, float]:
     agent, judge = f"custom/agent@{job['url']}", f"custom/judge@{job['url']}"
     people = [AgentProfile(pk=f"bench{i}", **fields) for i, fields in enumerate(job["match"]["characters"])]
     scene = job["match"]["scenario"]
@@ -58,7 +59,7 @@ async def play(job):
     start_cpu, start = time.process_time(), time.perf_counter()
     room = asyncio.Semaphore(job["at_once"])
 
-    async def one():
+    async def one() -> None:
         async with room:
             seats = [LLMAgent(agent_profile=profile, model_name=agent) for profile in people]
             await sotopia.server.arun_one_episode(env=environment(place, judge), agent_list=seats, tag="bench")
@@ -71,10 +72,9 @@ async def play(job):
     }
 
 
-async def main():
+async def main() -> None:
     figures = await play(json.loads(sys.argv[1]))
-    with open(sys.argv[2], "w") as file:  # noqa: PTH123
-        json.dump(figures, file)
+    Path(sys.argv[2]).write_text(json.dumps(figures))
     os._exit(0)  # litellm can keep asyncio.run from ending on Python 3.11
 
 
