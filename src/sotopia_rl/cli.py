@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cyclopts import App
@@ -60,6 +61,8 @@ app.command(data)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `sotopia-rl`."""
+    # peft 0.21 asks transformers 5.23 for a property it renames: nothing a user could do about
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(arguments)
