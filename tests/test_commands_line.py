@@ -7,20 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_llm import save_model
 
 from sotopia_rl.cli import main
 from sotopia_rl.train.config import TinyModelSettings
+from tiny_llm import save_model
 
 DATA = ["--tag", "demo"]
 
 
 def call(*arguments: object) -> None:
-    """Run a command as the shell would, in this process; a clean exit is none."""
-    try:
+    """Run a command as the shell would, in this process."""
+    with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        assert end.code in (None, 0), f"exit code {end.code}"
+    assert end.value.code in (None, 0)
 
 
 def refused(*arguments: object) -> int:

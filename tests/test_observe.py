@@ -37,7 +37,7 @@ ANN = Character(
     gender_pronoun="She/her",
     public_info="Ann sings.",
     personality_and_values="Ann is calm.",
-    secret="Ann is broke.",  # noqa: S106
+    secret="Ann is broke.",
 )
 LI = Character(
     id="li",
@@ -49,7 +49,7 @@ LI = Character(
     gender_pronoun="They/them",
     public_info="They hike.",
     personality_and_values="They are stern.",
-    secret="They took a bribe.",  # noqa: S106
+    secret="They took a bribe.",
 )
 
 
@@ -373,7 +373,7 @@ class Replays:
     prompts: list[str] = field(default_factory=list)
     name: str = "replays"
 
-    async def complete(self, messages, sampling, *, seed=None, schema=None):  # noqa: ARG002
+    async def complete(self, messages, sampling, *, seed=None, schema=None):
         (message,) = messages
         self.prompts.append(message.content)
         return Reply(text=self.actions[len(self.prompts) - 1].to_json())

@@ -115,9 +115,7 @@ class Match(Record):
     seed: int = 0
 
     @classmethod
-    def of(
-        cls, scenario: Scenario, characters: tuple[Character, Character], *, seat: Seat = 0, seed: int = 0
-    ) -> Self:
+    def of(cls, scenario: Scenario, characters: tuple[Character, Character], *, seat: Seat = 0, seed: int = 0) -> Self:
         """A match whose id is derived from its content."""
         match_id = derived_ulid("match", scenario.id, characters[0].id, characters[1].id, seat, seed)
         return cls(id=match_id, scenario=scenario, characters=characters, seat=seat, seed=seed)

@@ -1,9 +1,9 @@
 """The experiment file: every stage's settings in one YAML, and the runner that redoes only what changed.
 
 A stage is keyed by its settings, by the keys of its inputs and by the package version. Its results live in
-`<run folder>/stages/<name>-<key>/` (several experiments may share one stages folder) and count as finished once `done.json` stands there. So a second run
-does nothing, a changed setting redoes only what depends on it, and a killed stage goes on where it stopped.
-What the stages do is in `stages.py`.
+`<run folder>/stages/<name>-<key>/` (several experiments may share one stages folder) and count as finished once
+`done.json` stands there. So a second run does nothing, a changed setting redoes only what depends on it, and a killed
+stage goes on where it stopped. What the stages do is in `steps.py`.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class PanelConfig(Config):
     greedy: bool = Field(default=True)
     """Play every system greedily as well."""
     max_tokens: int = Field(default=96, gt=0)
+    constrain: bool = Field(default=True)
+    """Constrain replies to the action's JSON schema, as one would when serving; without, invalid replies show."""
     shown_episodes: int = Field(default=6, ge=0)
     """Episodes printed in full in the report."""
 

@@ -254,6 +254,7 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     )
     pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, partners)]
 
+    rules = e.simulate.model_copy(update={"constrain": panel.constrain})
     with _store(out) as store:
         _with_models(
             run,
@@ -263,7 +264,7 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
                 pairings,
                 e.judge_model,
                 tag="held-out",
-                simulate=e.simulate,
+                simulate=rules,
                 judging=e.judge,
                 watch=run.watch,
             ),

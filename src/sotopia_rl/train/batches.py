@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset
 
 from sotopia_rl.train.data import Encoded
-
-Number = TypeVar("Number", int, float)
 
 IGNORED = -100
 """Label of a token that has no part in the loss."""
@@ -78,7 +76,7 @@ def padded_inputs(ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, 
     return {"input_ids": padded(ids, pad_token_id), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
 
 
-def padded(rows: Sequence[Sequence[Number]], value: Number) -> torch.Tensor:
-    """[B, T] with every row filled up at its right end."""
+def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+    """[B, T] with every row filled up at its right end; of integers where the rows hold integers."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])

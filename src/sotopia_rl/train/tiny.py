@@ -47,7 +47,7 @@ LONGEST_TOKEN = 32
 class _WeightedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Cross-entropy with a weight per token: names and numbers of a prompt cannot be foreseen, a reply can."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """Mean over the batch's weights; `inputs` are ids, mask and weights, each [B, T]."""
         weights = inputs.pop("weights")[:, 1:]
         targets = inputs["input_ids"][:, 1:]
