@@ -92,6 +92,12 @@ def test_a_fault_ends_as_its_kind_after_bounded_attempts(fault, kind, attempts, 
     assert len(server.bodies) == attempts
 
 
+def test_a_seed_is_kept_back_from_servers_that_take_none():
+    with FaultyServer([reply("ok")]) as server:
+        call(server, seed=7, limits=QUICK.model_copy(update={"send_seed": False}))
+    assert "seed" not in server.bodies[0]
+
+
 @pytest.mark.parametrize("fault", ["429", "500", "503-html", "closed", "half", "hang", "html", "null-content"])
 def test_a_fault_that_passes_is_survived(fault):
     with FaultyServer([fault, fault, reply("fine")]) as server:

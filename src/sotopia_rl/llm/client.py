@@ -187,7 +187,7 @@ class HttpModel:
             "top_p": sampling.top_p,
             self.max_tokens_field: sampling.max_tokens,
         }
-        if seed is not None:
+        if seed is not None and self.endpoint.limits.send_seed:
             body["seed"] = seed
         if schema is not None:
             json_schema = {"name": "reply", "schema": schema, "strict": True}

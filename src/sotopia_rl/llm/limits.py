@@ -30,6 +30,8 @@ class ModelLimits(Config):
     """Longest pause between two attempts, whatever the server's Retry-After asks."""
     down_after_seconds: float = Field(default=30.0, ge=0)
     """An endpoint that has worked counts as down once nothing but failures came for so long."""
+    send_seed: bool = True
+    """Send a sampling seed with each call. vLLM 0.32 on CPUs dies of one while it prefills in chunks."""
     max_spend_usd: float | None = Field(default=None, gt=0)
     """Spend cap over all models of the run. Every model called must then have a known price. Empty: no cap."""
     prices: dict[str, tuple[float, float]] = Field(default={})
