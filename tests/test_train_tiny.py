@@ -54,7 +54,7 @@ def test_the_template_marks_what_the_assistant_says() -> None:
 
 
 def test_the_quickstart_model_has_under_two_million_parameters() -> None:
-    assert 400_000 < tiny_model(TOKENIZER, TinyModelSettings()).num_parameters() < 2_000_000
+    assert 200_000 < tiny_model(TOKENIZER, TinyModelSettings()).num_parameters() < 2_000_000
 
 
 def test_the_result_is_an_ordinary_model_folder(base: Path) -> None:

@@ -39,17 +39,6 @@ def target_rows(encoded: Sequence[Encoded], targets: Sequence[Sequence[float]]) 
 
 
 @dataclass(frozen=True)
-class TokenPadding:
-    """Collates rows with a label per token into right-padded tensors [B, T]."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        labels = padded([row["labels"] for row in rows], IGNORED)
-        return padded_inputs([row["input_ids"] for row in rows], self.pad_token_id) | {"labels": labels}
-
-
-@dataclass(frozen=True)
 class WeightPadding:
     """Collates rows with a loss weight per token into right-padded tensors [B, T]; padding weighs nothing."""
 
