@@ -145,8 +145,9 @@ async def judge_into(
         again: Rate them all, whatever is there.
     """
     rated = set() if again else target.rated_ids(judge.name)
-    todo = [e for e in episodes.ids(query) if e not in rated]
-    tally = Tally("judgements", total=len(todo), skipped=len(rated))
+    meant = episodes.ids(query)
+    todo = [e for e in meant if e not in rated]
+    tally = Tally("judgements", total=len(todo), skipped=len(meant) - len(todo))
     watch(tally)
     target.delete_failures("judge", [f"{e}/{judge.name}" for e in todo])
     last = Failure(kind="cancelled", message="stopped")
