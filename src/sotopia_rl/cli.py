@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 a fl
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ app.command(data)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `sotopia-rl`."""
+    # torch's threads then sleep at barriers instead of spinning: twice as fast where another process wants a core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # peft 0.21 asks transformers 5.23 for a property it renames: nothing a user could do about
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
