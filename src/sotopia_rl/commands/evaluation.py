@@ -131,16 +131,18 @@ def named_systems(texts: list[str]) -> dict[str, str]:
     return systems
 
 
-def report(run: Path, /) -> None:
+def report(run: Path, /, *, stages: Path | None = None) -> None:
     """Write the report of a run folder again and show its table.
 
     Parameters
     ----------
     run
         Run folder of `sotopia-rl run` or `quickstart`.
+    stages
+        Folder of finished stages, where the run used another one than its own.
     """
     from sotopia_rl.commands.experiments import execute
     from sotopia_rl.experiment import Experiment
 
     file = run / "experiment.yaml"
-    execute(parse_config(Experiment, read_yaml(file), where=str(file)), run, None, resume=True, only_report=True)
+    execute(parse_config(Experiment, read_yaml(file), where=str(file)), run, stages, resume=True, only_report=True)
