@@ -122,10 +122,9 @@ class _Builder:
         shown = {"compare": compare, "base": self.base, **self.rated}
         shown |= {f"play {name}": stage for name, stage in plays.items()}
         for name, stage in self.graph.systems.items():
-            while stage is not None and stage.name == "grpo":
+            if stage is not None and stage.name == "grpo":
                 shown |= {f"grpo {name}": stage, f"rm {name}": stage.inputs["rm"], "sft": stage.inputs["sft"]}
                 shown[f"reward {name}"] = stage.inputs["rows"].inputs["reward"]
-                break
         return shown
 
 
