@@ -27,6 +27,7 @@ app = App(
 _PIPELINE = "The line, stage by stage"
 _WHOLE = "The whole line"
 _DATA = "Data"
+_SERVE = "Servers"
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quickstart": ("experiments:quickstart", _WHOLE, "The whole line offline, in minutes, on a laptop CPU."),
@@ -58,6 +59,13 @@ app.command(episodes)
 data = App(name="data", help="Get published data sets.", group=_DATA)
 data.command("sotopia_rl.commands.datasets:pull", name="pull", help="Download a published data set from the hub.")
 app.command(data)
+
+serve = App(name="serve", help="Serve policies over HTTP.", group=_SERVE)
+for _name, (_function, _help) in {
+    "vllm": ("serve_vllm", "A base with LoRA adapters on vLLM: print the command, or run it."),
+}.items():
+    serve.command(f"sotopia_rl.commands.serving:{_function}", name=_name, help=_help)
+app.command(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

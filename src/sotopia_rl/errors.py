@@ -11,6 +11,7 @@ SotopiaRLError
 ├── TrainingError          a training stage cannot start or must stop
 │   └── GateError          the reward model is below the gate that GRPO asks for
 ├── EvaluationError        two systems cannot be compared as asked
+├── ServingError           a server cannot start, has died, or refuses what it is asked
 └── MissingExtraError      an optional dependency is not installed
 
 The command line prints any of these as one line and exits with 1 (2 for `ConfigError`).
@@ -100,6 +101,10 @@ class GateError(TrainingError):
 
 class EvaluationError(SotopiaRLError):
     """Two systems cannot be compared as asked."""
+
+
+class ServingError(SotopiaRLError):
+    """A server of ours, or vLLM started by us, cannot start, has died, or refuses what it is asked."""
 
 
 class MissingExtraError(SotopiaRLError):

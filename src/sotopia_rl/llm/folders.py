@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sotopia_rl.errors import ConfigError
 
@@ -30,17 +30,23 @@ def check_model_folder(path: Path) -> None:
         raise ConfigError(f"local/{path}: not a model folder (no tokenizer, tokenizer.json, in it)")
 
 
-def check_adapter(adapter: Path, base: Path) -> str:
+def check_adapter(adapter: Path, base: Path, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM") -> str:
     """The base that `adapter` names as its own.
 
+    Args:
+        task: What it must have been made for: text (the policy) or classification (the reward model).
+
     Raises:
-        ConfigError: It is no LoRA adapter of a language model, or one for another base than `base`.
+        ConfigError: It is no LoRA adapter for `task`, or one for another base than `base`.
     """
     if not adapter.is_dir():
         raise ConfigError(f"adapter {adapter}: no such folder")
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(f"adapter {adapter}: no adapter (it has no adapter_config.json)")
     config = _read_json(adapter / "adapter_config.json")
-    if config.get("task_type") not in {"CAUSAL_LM", None}:
-        raise ConfigError(f"adapter {adapter}: made for {config['task_type']}, not for text generation")
+    if config.get("task_type") not in {task, None}:
+        wanted = "text generation" if task == "CAUSAL_LM" else "scoring (it is no reward model)"
+        raise ConfigError(f"adapter {adapter}: made for {config['task_type']}, not for {wanted}")
     recorded = str(config.get("base_model_name_or_path") or "")
     if recorded and not _same_base(Path(recorded), base):
         raise ConfigError(f"adapter {adapter} was trained on {recorded}, not on {base}")

