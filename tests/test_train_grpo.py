@@ -13,7 +13,7 @@ from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.folder import read_metrics
 from sotopia_rl.train.grpo import Policy, is_action, train_grpo
 from sotopia_rl.train.loading import load_tokenizer
-from sotopia_rl.train.trl_grpo import PROMPT_IDS, UtteranceReward
+from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
 from training_settings import GRPO
 
 VALID = '{"action_type": "speak", "argument": "What about $50?"}'
@@ -184,7 +184,7 @@ def rewards(
     ids = [
         [*tokenizer(t)["input_ids"], *([] if i in cut_off else [tokenizer.eos_token_id])] for i, t in enumerate(texts)
     ]
-    values = reward(
+    values_B1 = reward.score(
         prompts=[],
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         completion_ids=ids,
@@ -192,7 +192,7 @@ def rewards(
         log_metric=metrics.__setitem__,
         **{PROMPT_IDS: [[1, 2, 3]] * len(texts)},
     )
-    return values, metrics
+    return [value for (value,) in values_B1], metrics
 
 
 INVALID = ["", "Hello!", '{"action_type": "shout", "argument": "x"}', '{"action_type": "speak"}', "[]", "{{{"]

@@ -12,7 +12,8 @@ from trl import GRPOConfig, GRPOTrainer
 from sotopia_rl.train.adapters import load_policy
 from sotopia_rl.train.data import encode_rows
 from sotopia_rl.train.loading import load_tokenizer
-from sotopia_rl.train.trl_grpo import PROMPT_IDS, prompt_rows
+from sotopia_rl.train.trl_grpo import prompt_rows
+from sotopia_rl.train.utterance_reward import PROMPT_IDS
 from training_rows import reward_rows
 from training_settings import GRPO
 

@@ -27,6 +27,8 @@ from sotopia_rl.train.loading import load_base
 POLICY, REFERENCE, REWARD = "default", "ref", "reward"
 BASE_NOTE = "base.json"
 HEAD_KEY = "base_model.model.score.weight"
+COMBINED = "value"
+"""Name of a reward model's output where it has one for all dimensions."""
 
 
 def write_base_note(adapter: Path, base: Path) -> None:
@@ -54,6 +56,26 @@ def check_base(adapter: Path, base: Path) -> None:
         raise TrainingError(f"{adapter}: the adapter was trained on the base {name}, not on {base}")
 
 
+def template_of(adapter: Path) -> Path | None:
+    """The chat template saved with an adapter, if there is one."""
+    file = adapter / "chat_template.jinja"
+    return file if file.is_file() else None
+
+
+def check_template(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a reward model was trained on prompts in the policy's chat template.
+
+    Raises:
+        TrainingError: It was trained with another one.
+    """
+    file = template_of(adapter)
+    if file is not None and file.read_text(encoding="utf-8").strip() != str(tokenizer.chat_template).strip():
+        raise TrainingError(
+            f"{adapter}: the reward model was trained with another chat template than the policy's; "
+            "train both with the same template_path"
+        )
+
+
 def load_policy(base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, settings: TrainerSettings) -> PeftModel:
     """The base with the policy's adapter, trainable. Errors as `check_base` and `load_base`."""
     check_base(adapter, base)
@@ -79,6 +101,7 @@ class RewardScorer:
             raise DataError(f"{adapter}: not a reward model (it has no score head)")
         self.model = model
         self.head_DH = weights.pop(HEAD_KEY).float()
+        self.outputs = output_names(adapter, len(self.head_DH))
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         config = LoraConfig.from_pretrained(str(adapter))
@@ -114,6 +137,14 @@ class RewardScorer:
         hidden_BH = seen[0][torch.arange(len(sequences), device=last_B.device), last_B]
         scores_BD: torch.Tensor = hidden_BH.float() @ self.head_DH.T.to(hidden_BH.device)
         return scores_BD
+
+
+def output_names(adapter: Path, count: int) -> tuple[str, ...]:
+    """Names of a reward model's outputs, from the report beside it; numbered where there is none."""
+    report = adapter / "report.json"
+    if report.is_file():
+        return tuple(str(output["name"]) for output in read_json(report)["outputs"])
+    return (COMBINED,) if count == 1 else tuple(f"{COMBINED}_{place}" for place in range(count))
 
 
 @contextmanager

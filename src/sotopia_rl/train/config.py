@@ -6,11 +6,15 @@ that it stands for; an option that is not here is not exposed.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from sotopia_rl.config import Config
+
+TrackerName = Literal["wandb", "trackio", "tensorboard"]
 
 
 class TrainerSettings(Config):
@@ -32,10 +36,18 @@ class TrainerSettings(Config):
     """Gradients longer than this are shortened to it."""
     max_steps: int = Field(default=500, gt=0)
     """Optimizer steps; the rows are gone through as often as that takes."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Times to go through the rows; where given, it decides the number of steps instead of `max_steps`."""
     batch_size: int = Field(default=8, gt=0)
     """Rows per forward pass on each device."""
     save_every: int = Field(default=100, gt=0)
     """Steps between checkpoints; a killed run goes on from the last one."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(default="auto")
+    """Implementation of attention; `auto` is transformers' choice, `flash_attention_2` needs flash-attn and a GPU."""
+    trackers: tuple[TrackerName, ...] = Field(default=())
+    """Where metrics go besides metrics.jsonl; changing it does not keep a run from being resumed."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository (`owner/name`) on the hub that the result is uploaded to, private unless it exists already."""
 
 
 class TinyModelSettings(TrainerSettings):
@@ -76,6 +88,8 @@ class AdapterSettings(TrainerSettings):
     """Forward passes per optimizer step."""
     max_length: int = Field(default=4096, gt=0)
     """Longest row in tokens, answer included; a longer one loses its oldest turns."""
+    template_path: Path | None = Field(default=None)
+    """Jinja file with the chat template to use instead of the tokenizer's own; it is saved with the adapter."""
     held_out_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the episodes kept out of training, for the held-out loss."""
     eval_every: int = Field(default=50, gt=0)
@@ -102,6 +116,9 @@ class SFTSettings(AdapterSettings):
 
     tuning: Literal["lora", "full"] = Field(default="lora")
     """`full` trains every weight and writes a whole model instead of an adapter."""
+    packing: Literal["none", "packed", "padding_free"] = Field(default="none")
+    """`packed` puts short rows together into rows of up to `max_length` tokens, each attending to itself alone;
+    `padding_free` joins the rows of a batch instead of padding them to the longest. Both give the padded loss."""
 
     @model_validator(mode="after")
     def _full_is_not_quantised(self) -> Self:
@@ -116,6 +133,16 @@ class RewardModelSettings(AdapterSettings):
     learning_rate: float = Field(default=4e-5, gt=0)
     dimensions: tuple[str, ...] = Field(default=())
     """Dimensions with an output of their own; empty means one output, the combined value."""
+    loss: Literal["mse", "mse_ranking"] = Field(default="mse")
+    """`mse_ranking` adds what pairs of a batch lack in distance: a hinge whose margin is the targets' difference."""
+    ranking_weight: float = Field(default=1.0, gt=0)
+    """Weight of the pairs in `mse_ranking`; the squared error weighs 1."""
+
+    @model_validator(mode="after")
+    def _pairs_need_two(self) -> Self:
+        if self.loss == "mse_ranking" and self.batch_size < 2:
+            raise ValueError("loss: mse_ranking compares the rows of a batch; batch_size must be 2 or more")
+        return self
 
 
 class GRPOSettings(TrainerSettings):
@@ -134,6 +161,8 @@ class GRPOSettings(TrainerSettings):
     """Completions per prompt: the group that advantages are relative to."""
     max_prompt_length: int = Field(default=4096, gt=0)
     """Longest prompt in tokens; a longer one loses its oldest turns."""
+    template_path: Path | None = Field(default=None)
+    """Jinja file with the chat template; by default the one that was saved with the SFT adapter."""
     max_completion_length: int = Field(default=128, gt=0)
     """Longest reply in tokens; a reply that is cut off counts as invalid."""
     temperature: float = Field(default=1.0, gt=0)
@@ -145,6 +174,11 @@ class GRPOSettings(TrainerSettings):
     """How token losses are averaged, as in TRL."""
     scale_rewards: Literal["group", "batch", "none"] = Field(default="group")
     """Whose standard deviation advantages are divided by."""
+    combine: Literal["rewards", "advantages"] = Field(default="rewards")
+    """For a reward model with several outputs: `rewards` averages them, then compares within the group;
+    `advantages` compares each within the group first, then adds up, so that none drowns in another's spread."""
+    dimension_weights: dict[str, float] = Field(default={})
+    """Weights by name of output; one left out weighs 1."""
     validity_gate: bool = Field(default=True)
     """Give a reply that is no valid action `invalid_reward` instead of the reward model's score."""
     invalid_reward: float = Field(default=-0.5, lt=0)
@@ -162,6 +196,53 @@ class GRPOSettings(TrainerSettings):
     """`nf4` loads the frozen base in four bits; must be what SFT and the reward model used."""
     gradient_checkpointing: bool = Field(default=False)
     """Recompute activations in the backward pass: less memory, more time."""
+    rollouts: Literal["in_process", "vllm_colocate", "vllm_server"] = Field(default="in_process")
+    """What samples the completions: the trainer itself, vLLM in its process, or vLLM servers."""
+    vllm_urls: tuple[str, ...] = Field(default=())
+    """Addresses of the servers, which share the prompts; each serves the base and takes adapters at run time."""
+    vllm_adapter_folder: Path | None = Field(default=None)
+    """Folder that the servers can read too, for the policy's adapter; `served` in the run folder by default."""
+    vllm_sync_every: int = Field(default=1, gt=0)
+    """Optimizer steps between two versions of the policy on the servers."""
+    vllm_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Deadline of one request to a server: one prompt with all its completions."""
+    vllm_retries: int = Field(default=3, ge=0)
+    """Further attempts at a request that failed; then the run stops, with what it has trained saved."""
+    vllm_importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        default="token_truncate"
+    )
+    """How the loss is corrected for the difference between vLLM's probabilities and the trainer's: the ratio of
+    each token (or whole reply), cut at `vllm_importance_cap`, or replies above it left out."""
+    vllm_importance_cap: float = Field(default=3.0, gt=1)
+    """Largest ratio."""
+    vllm_max_logprob_gap: float | None = Field(default=0.5, gt=0)
+    """Stop where vLLM's log-probabilities and the trainer's differ by more nats per token: it is not the same policy
+    that they look at. None never stops; with `vllm_importance: none` the difference is not known."""
+    vllm_memory_share: float = Field(default=0.3, gt=0, le=1)
+    """Share of the GPU's memory that a colocated vLLM takes."""
+    vllm_tensor_parallel: int = Field(default=1, gt=0)
+    """GPUs that share a colocated vLLM's model; must divide the number of processes."""
+    vllm_sleep: bool = Field(default=False)
+    """Give a colocated vLLM's memory back between rollouts: more room to train in, some time per step."""
+
+    @model_validator(mode="after")
+    def _weights_can_weigh(self) -> Self:
+        wrong = [name for name, weight in self.dimension_weights.items() if not 0 <= weight < math.inf]
+        if wrong:
+            raise ValueError(f"dimension_weights must be 0 or more: {', '.join(wrong)}")
+        if self.combine == "advantages" and self.scale_rewards != "group":
+            raise ValueError("combine: advantages divides by the group's standard deviation; use scale_rewards: group")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_have_addresses(self) -> Self:
+        if self.rollouts == "vllm_server" and not self.vllm_urls:
+            raise ValueError("rollouts: vllm_server needs vllm_urls, such as [http://127.0.0.1:8000/v1]")
+        if wrong := [url for url in self.vllm_urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"vllm_urls: not an http:// address: {wrong[0]!r}")
+        if self.vllm_urls and self.rollouts != "vllm_server":
+            raise ValueError(f"vllm_urls are given, but rollouts: {self.rollouts} asks no server")
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

@@ -2,10 +2,12 @@
 
 settings.json   stage, settings and fingerprints of the inputs; a run resumes only under the same
 metrics.jsonl   one line per logged step
+tensorboard/    the same for TensorBoard, where it is among the trackers
 checkpoints/    checkpoint-N; one is complete once its COMPLETE file stands
 best/           the best adapter so far, where one is kept
 adapter/        the result
 finished.json   stands once the run is over
+published.json  stands once the result is on the hub, where it is to be
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,29 @@ from sotopia_rl.config import Config
 from sotopia_rl.errors import ConfigError, DataError, TrainingError
 
 COMPLETE = "COMPLETE"
+FREE = (
+    "trackers",
+    "push_to_hub",
+    "vllm_urls",
+    "vllm_adapter_folder",
+    "vllm_timeout_seconds",
+    "vllm_retries",
+    "vllm_memory_share",
+    "vllm_sleep",
+)
+"""Settings that change nothing about the result, so that a run may go on, or be published, under others."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A claimed run folder."""
+    """A claimed run folder.
+
+    Attributes:
+        listeners: Called with every line of metrics: its step and its values.
+    """
 
     path: Path
+    listeners: list[Callable[[int, Mapping[str, object]], None]] = field(default_factory=list, compare=False)
 
     @property
     def settings_file(self) -> Path:
@@ -86,6 +104,8 @@ class RunFolder:
         line = {"step": step, **{name: finite(value) for name, value in values.items()}}
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        for listener in self.listeners:
+            listener(step, values)
 
 
 def claim(path: Path, stage: str, settings: Config, inputs: Mapping[str, str], *, resume: bool) -> RunFolder:
@@ -107,7 +127,7 @@ def claim(path: Path, stage: str, settings: Config, inputs: Mapping[str, str], *
     }
     run = RunFolder(path)
     if run.settings_file.is_file():
-        if changes := differences(read_json(run.settings_file), asked):
+        if changes := differences(_binding(read_json(run.settings_file)), _binding(asked)):
             raise ConfigError(f"{path}: holds a run with other settings: {'; '.join(changes)}; use another folder")
         if not run.finished and not resume:
             raise TrainingError(f"{path}: holds an unfinished run; resume it, or remove the folder")
@@ -115,6 +135,12 @@ def claim(path: Path, stage: str, settings: Config, inputs: Mapping[str, str], *
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(run.settings_file, asked)
     return run
+
+
+def _binding(claimed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's settings file holds, without what may change."""
+    settings = {name: value for name, value in claimed["settings"].items() if name not in FREE}
+    return {**claimed, "settings": settings}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -129,6 +155,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def fingerprints(**paths: Path | None) -> dict[str, str]:
+    """Hashes of a run's inputs by name; those that are None are left out."""
+    return {name: fingerprint(path) for name, path in paths.items() if path is not None}
 
 
 def fingerprint(path: Path) -> str:

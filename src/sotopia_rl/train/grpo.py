@@ -22,14 +22,24 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from sotopia_rl.dataset import PromptRow, read_rows
 from sotopia_rl.errors import TrainingError
 from sotopia_rl.simulate import parse_action
-from sotopia_rl.train.adapters import POLICY, RewardScorer, check_base, load_policy, write_base_note
+from sotopia_rl.train.adapters import (
+    POLICY,
+    RewardScorer,
+    check_base,
+    check_template,
+    load_policy,
+    template_of,
+    write_base_note,
+)
 from sotopia_rl.train.callbacks import Progress, Record, best_step, keep_as_best, train_to_the_end, write_result
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import encode_rows, length_report
-from sotopia_rl.train.folder import RunFolder, claim, fingerprint
+from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_tokenizer, training_session
 from sotopia_rl.train.reward_report import check_gate
-from sotopia_rl.train.trl_grpo import METRIC_NAMES, UtteranceReward, make_trainer
+from sotopia_rl.train.rollout import prepare_rollouts
+from sotopia_rl.train.trl_grpo import METRIC_NAMES, make_trainer
+from sotopia_rl.train.utterance_reward import UtteranceReward
 
 COLLAPSE_STEPS = 5
 """Steps in a row below a minimum that count as a collapse."""
@@ -76,19 +86,28 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         GateError: The reward model is below the gate.
         DataError: Prompts, base or an adapter cannot be read, or prompts do not fit `max_prompt_length`.
         ConfigError: The folder holds a run with other settings, or the device is missing.
+        RolloutError: What samples the completions fails; what was trained so far is saved and can be resumed.
         TrainingError: An adapter belongs to another base, the policy collapsed before any weights were worth
             keeping, or the disk or the memory is full.
     """
-    inputs = {"prompts": prompts, "base": base, "sft_adapter": sft_adapter, "reward_adapter": reward_adapter}
-    run = claim(out, "grpo", settings, {name: fingerprint(path) for name, path in inputs.items()}, resume=resume)
+    inputs = fingerprints(
+        prompts=prompts,
+        base=base,
+        sft_adapter=sft_adapter,
+        reward_adapter=reward_adapter,
+        template=settings.template_path,
+    )
+    run = claim(out, "grpo", settings, inputs, resume=resume)
     if run.finished:
         return run.path / "adapter"
     check_gate(reward_adapter, settings.gate_min_spearman)
     check_base(reward_adapter, base)
-    with training_session(run):
-        tokenizer = load_tokenizer(base)
+    with training_session(run, settings):
+        tokenizer = load_tokenizer(base, settings.template_path or template_of(sft_adapter))
+        check_template(reward_adapter, tokenizer)
         rows = list(read_rows(PromptRow, prompts))
         encoded = encode_rows(tokenizer, rows, max_length=settings.max_prompt_length)
+        servers = prepare_rollouts(settings, base, sft_adapter, tokenizer, run)
         set_seed(settings.seed)
         model = load_policy(base, sft_adapter, tokenizer, settings)
         reward = UtteranceReward(
@@ -98,7 +117,7 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
             eos_token_id=tokenizer.eos_token_id,
             leaks_secret=None if leaks_secret is None else lambda number, text: leaks_secret(rows[number], text),
         )
-        trainer = make_trainer(model, tokenizer, reward, settings, run, prompts=encoded)
+        trainer = make_trainer(model, tokenizer, reward, settings, run, prompts=encoded, servers=servers)
         watch = Watch(run, settings, Policy(model, tokenizer), eval_hook)
         train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), watch])
         use_best = settings.keep == "best" or watch.collapsed

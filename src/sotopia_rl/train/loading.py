@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import (
@@ -20,11 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from sotopia_rl.errors import ConfigError, DataError, MissingExtraError, TrainingError
 from sotopia_rl.train.config import AdapterSettings, TrainerSettings
 from sotopia_rl.train.folder import RunFolder
+from sotopia_rl.train.publish import check_publishing
+from sotopia_rl.train.trackers import tracking
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
@@ -48,14 +53,18 @@ def dtype_of(settings: TrainerSettings) -> torch.dtype:
     return torch.float32 if settings.dtype == "float32" else torch.bfloat16
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, template: Path | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer with a chat template and with a padding token of its own.
 
     Where padding and end of sequence share a token, pooling at the last token that is no padding would
     not see whether a reply ended; another special token that the chat template does not use takes over.
 
+    Args:
+        template: Jinja file with a chat template that takes the place of the tokenizer's own.
+
     Raises:
         DataError: The folder holds no tokenizer, or one without chat template or end token.
+        ConfigError: The template cannot be read, or does not render a conversation.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such model folder")
@@ -63,13 +72,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: holds no tokenizer ({_first_line(error)})") from error
+    if template is not None:
+        tokenizer.chat_template = read_template(template, tokenizer)
     if not tokenizer.chat_template:
-        raise DataError(f"{folder}: the tokenizer has no chat template")
+        raise DataError(f"{folder}: the tokenizer has no chat template; give one with template_path")
     if tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _unused_special_token(tokenizer)
     return tokenizer
+
+
+def read_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A chat template from a Jinja file, tried on a short conversation.
+
+    Raises:
+        ConfigError: It cannot be read, it fails, or what it renders lacks the conversation.
+    """
+    try:
+        template = path.read_text(encoding="utf-8")
+        chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+        text = str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"template_path {path}: cannot be read ({_first_line(error)})") from error
+    except TemplateError as error:
+        raise ConfigError(f"template_path {path}: not a working chat template ({_first_line(error)})") from error
+    if "one" not in text or "two" not in text:
+        raise ConfigError(f"template_path {path}: leaves messages out (of two, it renders {text[:60]!r})")
+    return template
 
 
 def _unused_special_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -105,8 +135,12 @@ def load_base(
     """
     if getattr(settings, "quantise", "none") == "nf4":
         options["quantization_config"] = _nf4(dtype_of(settings))
+    if settings.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError("attention: flash_attention_2 needs a GPU and pip install flash-attn; or use attention: sdpa")
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no model folder (it has no config.json)")
+    if settings.attention != "auto":
+        options["attn_implementation"] = settings.attention
     loader = model_class or AutoModelForCausalLM
     try:
         model = loader.from_pretrained(
@@ -169,10 +203,9 @@ def trainer_arguments(settings: TrainerSettings, run: RunFolder, *, evaluate: bo
         "data_seed": settings.seed,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": round(settings.warmup_share * settings.max_steps),
+        **duration(settings),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "max_steps": settings.max_steps,
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size * (2 if evaluate else 1),
         "gradient_accumulation_steps": getattr(settings, "accumulation", 1),
@@ -193,34 +226,70 @@ def trainer_arguments(settings: TrainerSettings, run: RunFolder, *, evaluate: bo
     }
 
 
+def duration(settings: TrainerSettings) -> dict[str, float]:
+    """How long to train and to warm up, as transformers takes it: by epochs where they are given, else by steps."""
+    if settings.num_epochs is None:
+        warmup = round(settings.warmup_share * settings.max_steps)
+        return {"max_steps": settings.max_steps, "warmup_steps": warmup}
+    return {"max_steps": -1, "num_train_epochs": settings.num_epochs, "warmup_steps": settings.warmup_share}
+
+
 @contextmanager
-def training_session(run: RunFolder) -> Iterator[None]:
+def training_session(run: RunFolder, settings: TrainerSettings) -> Iterator[None]:
     """Keep the libraries' own bars and known noise out, and say what to do when disk or memory is full.
 
     Raises:
+        MissingExtraError: A tracker's package, or the hub's client, is not installed.
         TrainingError: Instead of the libraries' own errors for these two; nothing saved so far is lost.
     """
-    bars = transformers_logging.is_progress_bar_enabled()
+    check_publishing(settings)
+    bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tracking(run, settings):
             # peft 0.21 asks transformers 5.23 for a property by its old name.
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
             yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "the GPU is out of memory; lower batch_size (raise accumulation), lower the length limits, "
-            "or set gradient_checkpointing: true or quantise: nf4; then resume"
-        ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
-        raise TrainingError(f"{run.path}: the disk is full; make room and resume") from error
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if _is_out_of_memory(error):
+            raise TrainingError(f"{_memory_name(error)} is out of memory; {_smaller(settings)}; then resume") from error
+        if _is_disk_full(error):
+            raise TrainingError(f"{run.path}: the disk is full; make room and resume") from error
+        raise
     finally:
-        if bars:
+        if bars[0]:
             transformers_logging.enable_progress_bar()
+        if bars[1]:
+            datasets.enable_progress_bars()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, which torch has an error for, or of the machine, where its allocator raises RuntimeError."""
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or allocator
+
+
+def _memory_name(error: BaseException) -> str:
+    return "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+
+
+def _smaller(settings: TrainerSettings) -> str:
+    """Which settings of this stage to change so that it needs less memory, the cheapest first."""
+    known, advice = type(settings).model_fields, []
+    if "accumulation" in known:
+        advice.append(f"lower batch_size ({settings.batch_size}) and raise accumulation")
+    else:
+        advice.append(f"lower batch_size ({settings.batch_size})")
+    lengths = [name for name in ("max_length", "max_prompt_length", "max_completion_length") if name in known]
+    advice.append(f"lower {' or '.join(lengths)}")
+    if getattr(settings, "gradient_checkpointing", True) is False:
+        advice.append("set gradient_checkpointing: true")
+    if getattr(settings, "quantise", "nf4") == "none" and getattr(settings, "tuning", "lora") == "lora":
+        advice.append("set quantise: nf4")
+    return ", ".join(advice)
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -18,19 +18,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from sotopia_rl.dataset import RewardRow, read_rows
 from sotopia_rl.errors import DataError
-from sotopia_rl.train.adapters import write_base_note
+from sotopia_rl.train.adapters import COMBINED, write_base_note
 from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
 from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
-from sotopia_rl.train.folder import claim, fingerprint, write_json
+from sotopia_rl.train.folder import claim, fingerprints, write_json
 from sotopia_rl.train.loading import (
     load_base,
     load_tokenizer,
@@ -39,10 +38,8 @@ from sotopia_rl.train.loading import (
     trainer_arguments,
     training_session,
 )
+from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
-
-COMBINED = "value"
-"""Name of the one output where no dimensions are asked for."""
 
 
 def train_reward_model(
@@ -69,11 +66,12 @@ def train_reward_model(
         ConfigError: The folder holds a run with other settings, or the device is missing.
         TrainingError: The disk or the memory is full.
     """
-    run = claim(out, "rm", settings, {"rows": fingerprint(rows), "base": fingerprint(base)}, resume=resume)
+    inputs = fingerprints(rows=rows, base=base, template=settings.template_path)
+    run = claim(out, "rm", settings, inputs, resume=resume)
     if run.finished:
         return run.path / "adapter"
-    with training_session(run):
-        tokenizer = load_tokenizer(base)
+    with training_session(run, settings):
+        tokenizer = load_tokenizer(base, settings.template_path)
         data = list(read_rows(RewardRow, rows))
         check_targets(rows, data, settings.dimensions)
         training, held_out = split_by_episode(data, lambda row: row.episode_id, settings.held_out_share, settings.seed)
@@ -82,7 +80,7 @@ def train_reward_model(
         train_targets, eval_targets = (targets(part, settings.dimensions) for part in (training, held_out))
         set_seed(settings.seed)
         model = new_reward_model(base, tokenizer, settings)
-        trainer = Trainer(
+        trainer = RewardTrainer(
             model=model,
             args=TrainingArguments(
                 **trainer_arguments(settings, run, evaluate=bool(eval_rows)),
@@ -93,6 +91,7 @@ def train_reward_model(
             train_dataset=target_rows(train_rows, train_targets),
             eval_dataset=target_rows(eval_rows, eval_targets) if eval_rows else None,
             data_collator=TargetPadding(tokenizer.pad_token_id),
+            ranking_weight=settings.ranking_weight if settings.loss == "mse_ranking" else 0.0,
         )
         watch = KeepBest(run, model.save_pretrained, patience=settings.patience)
         train_to_the_end(trainer, run, [Record(run, progress), *([watch] if eval_rows else [])])
@@ -116,7 +115,7 @@ def train_reward_model(
     return adapter
 
 
-def output_names(dimensions: Sequence[str]) -> tuple[str, ...]:
+def names_of(dimensions: Sequence[str]) -> tuple[str, ...]:
     """Names of the outputs, in order."""
     return tuple(dimensions) or (COMBINED,)
 
@@ -137,14 +136,14 @@ def check_targets(path: Path, rows: Sequence[RewardRow], dimensions: Sequence[st
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in dimensions if name not in row.values]:
             raise DataError(f"{path}:{number}: no reward for {', '.join(missing)} (it has {', '.join(row.values)})")
-    for name, column in zip(output_names(dimensions), np.array(targets(rows, dimensions)).T, strict=True):
+    for name, column in zip(names_of(dimensions), np.array(targets(rows, dimensions)).T, strict=True):
         if np.ptp(column) == 0:
             raise DataError(f"{path}: all {len(column)} rewards of {name} are {column[0]:g}; nothing can be learned")
 
 
 def new_reward_model(base: Path, tokenizer: PreTrainedTokenizerBase, settings: RewardModelSettings) -> PeftModel:
     """The base as a sequence classifier with a fresh adapter and a head of zeros."""
-    model = load_classifier(base, tokenizer, settings, outputs=len(output_names(settings.dimensions)))
+    model = load_classifier(base, tokenizer, settings, outputs=len(names_of(settings.dimensions)))
     torch.nn.init.zeros_(model.score.weight)
     return get_peft_model(model, lora_config(settings, "SEQ_CLS"))
 
@@ -168,7 +167,7 @@ def load_reward_model(
     base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, settings: RewardModelSettings
 ) -> PeftModel:
     """A trained reward model on a base of its own, ready to score."""
-    model = load_classifier(base, tokenizer, settings, outputs=len(output_names(settings.dimensions)))
+    model = load_classifier(base, tokenizer, settings, outputs=len(names_of(settings.dimensions)))
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
@@ -206,7 +205,7 @@ def make_report(
             keys,
             train_mean=float(means[place]),
         )
-        for place, name in enumerate(output_names(settings.dimensions))
+        for place, name in enumerate(names_of(settings.dimensions))
     ]
     episodes = len({row.episode_id for row in held_out})
     return RewardReport(groups=groups, held_out_episodes=episodes, outputs=tuple(outputs))

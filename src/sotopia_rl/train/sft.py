@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from sotopia_rl.dataset import SFTRow, read_rows
 from sotopia_rl.train.adapters import write_base_note
@@ -18,7 +19,7 @@ from sotopia_rl.train.batches import language_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import SFTSettings
 from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
-from sotopia_rl.train.folder import RunFolder, claim, fingerprint
+from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments, training_session
 
 METRIC_NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
@@ -49,12 +50,13 @@ def train_sft(
         ConfigError: The folder holds a run with other settings, or the device is missing.
         TrainingError: The disk or the memory is full.
     """
-    run = claim(out, "sft", settings, {"rows": fingerprint(rows), "base": fingerprint(base)}, resume=resume)
+    inputs = fingerprints(rows=rows, base=base, template=settings.template_path)
+    run = claim(out, "sft", settings, inputs, resume=resume)
     name = "model" if settings.tuning == "full" else "adapter"
     if run.finished:
         return run.path / name
-    with training_session(run):
-        tokenizer = load_tokenizer(base)
+    with training_session(run, settings):
+        tokenizer = load_tokenizer(base, settings.template_path)
         data = list(read_rows(SFTRow, rows))
         training, held_out = split_by_episode(data, lambda row: row.episode_id, settings.held_out_share, settings.seed)
         train_rows = encode_rows(tokenizer, training, max_length=settings.max_length, reply=reply_text)
@@ -92,11 +94,21 @@ def _make_trainer(
         model=model,
         args=SFTConfig(
             **trainer_arguments(settings, run, evaluate=bool(eval_rows)),
-            max_length=None,
+            max_length=settings.max_length if settings.packing == "packed" else None,
+            packing=settings.packing == "packed",
+            padding_free=settings.packing != "none",
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=language_rows(train_rows),
+        train_dataset=_training_rows(train_rows, settings),
         eval_dataset=language_rows(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=lora_config(settings, "CAUSAL_LM") if settings.tuning == "lora" else None,
     )
+
+
+def _training_rows(encoded: list[Encoded], settings: SFTSettings) -> Dataset:
+    """The rows, several to one where they are packed: whole, and with their lengths, which set their limits."""
+    rows = language_rows(encoded)
+    if settings.packing != "packed":
+        return rows
+    return pack_dataset(rows.shuffle(settings.seed), settings.max_length, "bfd")

@@ -75,7 +75,7 @@ def train_base(
     run = claim(out, "base", settings, {"rows": fingerprint(rows)}, resume=resume)
     if run.finished:
         return run.path / "model"
-    with training_session(run):
+    with training_session(run, settings):
         data = list(read_rows(SFTRow, rows))
         tokenizer = tiny_tokenizer([_text(row) for row in data], settings.vocabulary)
         encoded = encode_rows(tokenizer, data, max_length=settings.max_length, reply=reply_text)

@@ -3,14 +3,18 @@
 What is relied on beyond TRL's documented interface (1.16):
 - a PeftModel with an adapter `default` and beta above zero gets a frozen copy of it named `ref`, and the
   reference is the base without adapters where no `ref` is there;
-- further columns of a row reach the reward function, one value per completion, and so do `completion_ids`;
-- `log_metric` averages what it is given into the next line of the log.
+- further columns of a row reach the reward functions, one value per completion, and so do `completion_ids`;
+- the reward functions are called in order, each with the whole batch, and their values are weighted and added up,
+  before or after each is normalised within its group;
+- `log_metric` averages what it is given into the next line of the log;
+- completions come from `vllm_generation`, by `sync_weights()` once per step and `generate(prompts, images,
+  num_generations, profiler)`, where `use_vllm` is true, and the loss is then corrected by the importance ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -18,14 +22,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from sotopia_rl.train.adapters import REFERENCE, RewardScorer
+from sotopia_rl.errors import RolloutError
+from sotopia_rl.train.adapters import REFERENCE
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import Encoded
 from sotopia_rl.train.folder import RunFolder
 from sotopia_rl.train.loading import trainer_arguments
+from sotopia_rl.train.rollout import ColocatedRollouts, PublishedPolicies, ServerRollouts, rollout_arguments
+from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
+from sotopia_rl.train.vllm_servers import VLLMServers
 
-PROMPT_IDS = "policy_prompt_ids"
-"""Column with the prompt's token ids; TRL keeps its own under `prompt_ids`."""
+AGGREGATIONS = {"rewards": "sum_then_normalize", "advantages": "normalize_then_sum"}
 
 METRIC_NAMES: dict[str, str | None] = {
     "completions/mean_length": "length",
@@ -36,76 +43,82 @@ METRIC_NAMES: dict[str, str | None] = {
     "completions/min_terminated_length": None,
     "completions/max_terminated_length": None,
     "frac_reward_zero_std": "groups_without_signal",
-    "rewards/utterance_reward/mean": None,
-    "rewards/utterance_reward/std": None,
+    "rewards/value/mean": None,  # the one output of a reward model without dimensions is the reward
+    "rewards/value/std": None,
     "clip_ratio/low_mean": None,
     "clip_ratio/low_min": None,
     "clip_ratio/high_mean": None,
     "clip_ratio/high_max": None,
     "clip_ratio/region_mean": "clip_ratio",
     "step_time": "seconds",
+    "sampling/sampling_logp_difference/mean": "logprob_gap",
+    "sampling/sampling_logp_difference/max": "logprob_gap_max",
+    "sampling/importance_sampling_ratio/mean": "importance_mean",
+    "sampling/importance_sampling_ratio/min": "importance_min",
+    "sampling/importance_sampling_ratio/max": "importance_max",
 }
+GAP = "sampling/sampling_logp_difference/mean"
 
 
 class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
     """GRPOTrainer with a choice of reference policy, and without a model card in every checkpoint."""
 
-    def __init__(self, *args: Any, reference_is_base: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, reference_is_base: bool = False, max_logprob_gap: float | None = None, **kwargs: Any
+    ) -> None:
+        self.max_logprob_gap = max_logprob_gap
         super().__init__(*args, **kwargs)
         if reference_is_base and REFERENCE in self.model.peft_config:
             self.model.delete_adapter(REFERENCE)
 
+        if self.use_vllm:
+            self.vllm_generation = ColocatedRollouts(self.vllm_generation, self.model, self.report)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Cards are written once, beside the result."""
 
+    def sample_from(self, servers: VLLMServers, published: PublishedPolicies, sync_every: int) -> None:
+        """Take completions from servers instead of generating them here."""
+        self.vllm_generation = ServerRollouts(
+            model=self.model,
+            accelerator=self.accelerator,
+            servers=servers,
+            published=published,
+            step=lambda: int(self.state.global_step),
+            sync_every=sync_every,
+            report=self.report,
+        )
+        self.use_vllm, self.vllm_mode, self._last_loaded_step = True, "server", -1
 
-@dataclass
-class UtteranceReward:
-    """The reward function: a gate for validity, then the reward model on the very ids that were sampled.
+    def report(self, name: str, value: float) -> None:
+        """Add a value to the present step's line of the log."""
+        self._metrics["train"][name].append(value)
 
-    A reply that is no valid action, or that was cut off before its end token, gets `invalid_reward`, which is
-    below zero. A valid one gets the mean over the reward model's outputs, and no less than zero. So no reply,
-    however much the reward model likes its text, is better for being unreadable. With the gate off every
-    reply gets what the reward model says.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; where the rollouts fail, what has been trained is saved first, to be resumed."""
+        try:
+            result = super().train(*args, **kwargs)
+        except RolloutError:
+            step = self.state.global_step
+            if step and not (Path(self.args.output_dir) / f"checkpoint-{step}").is_dir():
+                self._save_checkpoint(self.model, trial=None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+        if self.use_vllm and isinstance(self.vllm_generation, ServerRollouts):
+            self.vllm_generation.close()
+        return result
 
-    Attributes:
-        is_valid: Whether a reply's text is a valid action.
-        leaks_secret: Whether a reply gives its speaker's secret away; (row number, text) to bool.
-    """
-
-    scorer: RewardScorer
-    is_valid: Callable[[str], bool]
-    settings: GRPOSettings
-    eos_token_id: int
-    leaks_secret: Callable[[int, str], bool] | None = None
-    __name__ = "utterance_reward"
-
-    def __call__(
-        self,
-        *,
-        completions: Sequence[Sequence[dict[str, str]]],
-        completion_ids: Sequence[list[int]],
-        row_number: Sequence[int],
-        log_metric: Callable[[str, float], None],
-        **columns: Any,
-    ) -> list[float]:
-        """One reward per completion."""
-        prompts = columns[PROMPT_IDS]
-        texts = [completion[0]["content"] for completion in completions]
-        ended = [bool(ids) and ids[-1] == self.eos_token_id for ids in completion_ids]
-        valid = [whole and self.is_valid(text) for whole, text in zip(ended, texts, strict=True)]
-        sequences = [[*prompt, *ids] for prompt, ids in zip(prompts, completion_ids, strict=True)]
-        scores = self.scorer.score(sequences).mean(dim=1).tolist()
-        log_metric("validity", sum(valid) / len(valid))
-        log_metric("reward_model_score", sum(scores) / len(scores))
-        if self.leaks_secret is not None:
-            leaks = [self.leaks_secret(row, text) for row, text in zip(row_number, texts, strict=True)]
-            log_metric("secret_leaks", sum(leaks) / len(leaks))
-        if not self.settings.validity_gate:
-            return list(scores)
-        return [
-            max(score, 0.0) if fine else self.settings.invalid_reward for score, fine in zip(scores, valid, strict=True)
-        ]
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """As TRL's; and sampler and trainer must agree about how likely what was sampled is."""
+        output = super()._generate_and_score_completions(inputs)
+        gap = self._metrics["train"][GAP][-1:]  # the same in every process
+        if self.max_logprob_gap is not None and gap and not gap[0] <= self.max_logprob_gap:
+            raise RolloutError(
+                f"step {self.state.global_step + 1}: vLLM's log-probabilities differ from the trainer's by {gap[0]:.3g} "
+                f"nats per token on average, more than vllm_max_logprob_gap {self.max_logprob_gap:g}: it serves another "
+                "base, other weights or a coarser dtype"
+            )
+        return output
 
 
 def make_trainer(
@@ -116,15 +129,16 @@ def make_trainer(
     run: RunFolder,
     *,
     prompts: Sequence[Encoded],
+    servers: VLLMServers | None = None,
 ) -> PolicyTrainer:
     """The trainer that our settings describe."""
     completions = settings.prompts_per_step * settings.num_generations
     arguments = trainer_arguments(settings, run, evaluate=False) | {
         "gradient_accumulation_steps": completions // settings.batch_size
     }
-    return PolicyTrainer(
+    trainer = PolicyTrainer(
         model=model,
-        reward_funcs=reward,
+        reward_funcs=reward.functions(),
         args=GRPOConfig(
             **arguments,
             num_generations=settings.num_generations,
@@ -133,12 +147,19 @@ def make_trainer(
             beta=settings.beta,
             loss_type=settings.loss_type,
             scale_rewards=settings.scale_rewards,
+            reward_weights=reward.weights(),
+            multi_objective_aggregation=AGGREGATIONS[settings.combine],
             disable_dropout=True,
+            **rollout_arguments(settings),
         ),
         train_dataset=prompt_rows(prompts),
         processing_class=tokenizer,
         reference_is_base=settings.ref == "base",
+        max_logprob_gap=settings.vllm_max_logprob_gap,
     )
+    if servers is not None:
+        trainer.sample_from(servers, PublishedPolicies.of(settings, run), settings.vllm_sync_every)
+    return trainer
 
 
 def prompt_rows(prompts: Sequence[Encoded]) -> Dataset:
