@@ -9,7 +9,8 @@ SotopiaRLError
 │   ├── BudgetError        the run's spend cap is reached; no further call is made
 │   └── EndpointDownError  the endpoint answers nothing or refuses all; no further call is made
 ├── TrainingError          a training stage cannot start or must stop
-│   └── GateError          the reward model is below the gate that GRPO asks for
+│   ├── GateError          the reward model is below the gate that GRPO asks for
+│   └── RolloutError       what samples for GRPO (a vLLM server) fails or is not to be trusted
 ├── EvaluationError        two systems cannot be compared as asked
 ├── ServingError           a server cannot start, has died, or refuses what it is asked
 └── MissingExtraError      an optional dependency is not installed
@@ -97,6 +98,10 @@ class TrainingError(SotopiaRLError):
 
 class GateError(TrainingError):
     """The reward model is below the gate that GRPO asks for."""
+
+
+class RolloutError(TrainingError):
+    """What samples the completions for GRPO fails or is not to be trusted; the message names the server."""
 
 
 class EvaluationError(SotopiaRLError):
