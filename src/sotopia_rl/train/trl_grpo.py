@@ -63,6 +63,10 @@ GAP = "sampling/sampling_logp_difference/mean"
 class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
     """GRPOTrainer with a choice of reference policy, and without a model card in every checkpoint."""
 
+    use_vllm: bool
+    vllm_generation: Any
+    control: Any
+
     def __init__(
         self, *args: Any, reference_is_base: bool = False, max_logprob_gap: float | None = None, **kwargs: Any
     ) -> None:
@@ -111,12 +115,12 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         """As TRL's; and sampler and trainer must agree about how likely what was sampled is."""
         output = super()._generate_and_score_completions(inputs)
-        gap = self._metrics["train"][GAP][-1:]  # the same in every process
-        if self.max_logprob_gap is not None and gap and not gap[0] <= self.max_logprob_gap:
+        gaps = self._metrics["train"].get(GAP)  # the same in every process
+        if self.max_logprob_gap is not None and gaps and not gaps[-1] <= self.max_logprob_gap:
             raise RolloutError(
-                f"step {self.state.global_step + 1}: vLLM's log-probabilities differ from the trainer's by {gap[0]:.3g} "
-                f"nats per token on average, more than vllm_max_logprob_gap {self.max_logprob_gap:g}: it serves another "
-                "base, other weights or a coarser dtype"
+                f"step {self.state.global_step + 1}: vLLM's log-probabilities differ from the trainer's by "
+                f"{gaps[-1]:.3g} nats per token on average, more than vllm_max_logprob_gap {self.max_logprob_gap:g}: "
+                "it serves another base, other weights or a coarser dtype"
             )
         return output
 
