@@ -208,8 +208,10 @@ class Agreement:
         return "\n".join([first, *map(str, self.pairs)])
 
 
-def agreement(labels: Iterable[Label], *, level: Level = "ordinal", resamples: int = 1000, seed: int = 0) -> Agreement:
-    """Alpha over all raters, correlations between each two of them.
+def agreement(
+    labels: Iterable[Label], *, level: Level = "ordinal", resamples: int = 1000, seed: int = 0, pairs: bool = True
+) -> Agreement:
+    """Alpha over all raters and, with `pairs`, correlations between each two of them.
 
     Raises:
         DataError: Fewer than two raters, or no unit that two of them rated.
@@ -221,14 +223,15 @@ def agreement(labels: Iterable[Label], *, level: Level = "ordinal", resamples: i
     shared = {unit: rated for unit, rated in by_unit.items() if len(rated) > 1}
     if not shared:
         raise DataError(f"nothing to compare: no utterance has labels of two raters (raters: {', '.join(raters)})")
-    pairs = (_pair(a, b, shared, resamples, seed) for a, b in itertools.combinations(raters, 2))
+    two_by_two = itertools.combinations(raters, 2) if pairs else ()
+    correlated = (_pair(a, b, shared, resamples, seed) for a, b in two_by_two)
     return Agreement(
         level=level,
         alpha=_alpha_estimate(shared, level, resamples, seed),
         num_units=len(shared),
         num_episodes=len({unit[0] for unit in shared}),
         raters=raters,
-        pairs=tuple(pair for pair in pairs if pair is not None),
+        pairs=tuple(pair for pair in correlated if pair is not None),
     )
 
 

@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sft": ("training:sft", _PIPELINE, "Behaviour cloning."),
     "rm": ("training:rm", _PIPELINE, "Train the reward model on utterance rewards."),
     "grpo": ("training:grpo", _PIPELINE, "Train the policy against the reward model."),
-    "evaluate": ("evaluation:evaluate", _PIPELINE, "Compare systems over one manifest, paired, with intervals."),
+    "evaluate": ("evaluation:app", _PIPELINE, "Compare systems over one manifest, paired, with intervals."),
     "report": ("evaluation:report", _PIPELINE, "Write the report of a run again."),
 }
 

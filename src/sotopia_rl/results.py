@@ -62,8 +62,22 @@ class EvaluateConfig(Config):
     """Sign patterns drawn for a p-value where there are too many scenarios to enumerate them."""
     power: float = Field(default=0.8, gt=0, lt=1)
     """Chance with which `detectable` would be found."""
+    wanted_points: float = Field(default=0.5, gt=0)
+    """A difference worth finding, in points: each score says how many scenarios would find it."""
     seed: int = Field(default=0, ge=0)
     """Of the drawn sign patterns."""
+
+
+class Effect(Record):
+    """A difference with its interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Self:
+        return cls(value=estimate.value, low=estimate.low, high=estimate.high)
 
 
 class Row(Record):
@@ -94,18 +108,10 @@ class Row(Record):
     worst: float | None
     best: float | None
     """Difference had every excluded pair gone as badly, or as well, as the range allows."""
-
-
-class Effect(Record):
-    """A difference with its interval."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Self:
-        return cls(value=estimate.value, low=estimate.low, high=estimate.high)
+    equal_length: Effect | None = None
+    """The difference where both say equally many words per utterance; None where that cannot be told."""
+    required_scenarios: int | None = None
+    """Scenarios, with as many pairs in each, that find `config.wanted_points`; None where no plan is possible."""
 
 
 class Decomposition(Record):
@@ -142,21 +148,116 @@ class SystemSummary(Record):
     """Pairs without a score, by cause."""
 
 
+class Part(Record):
+    """A row of one judge of the panel alone, or against one partner alone."""
+
+    by: Literal["judge", "partner"]
+    name: str
+    row: Row
+
+
+class ScenarioRow(Record):
+    """Mean difference of the headline metric in one scenario; too few pairs for an interval of its own."""
+
+    system_a: str
+    system_b: str
+    setting: Setting
+    metric: str
+    scenario_id: str
+    codename: str
+    num_pairs: int
+    difference: float
+
+
+class LengthPoints(Record):
+    """Words per utterance and score of every scored pair of one system."""
+
+    system: str
+    setting: Setting
+    metric: str
+    points: tuple[tuple[float, float], ...]
+
+
+class JudgeAgreement(Record):
+    """How far the judges of a panel agree on one dimension, over the episodes that all of them scored."""
+
+    metric: str
+    num_episodes: int
+    num_scenarios: int
+    alpha: float | None
+    """Krippendorff's alpha, interval level; None where all scores are equal."""
+    low: float | None
+    high: float | None
+    """95%, bootstrap over scenarios."""
+    means: dict[str, float]
+    """By judge."""
+
+
+class JudgeNoise(Record):
+    """How much one judge disagrees with itself: standard deviation of repeated judgements of one episode."""
+
+    judge: str
+    metric: str
+    num_episodes: int
+    num_judgements: int
+    sd: float
+    low: float | None
+    high: float | None
+    """In points, clustered by scenario."""
+
+
+class Component(Record):
+    """One source of the spread of the paired differences, as a variance in squared points.
+
+    Estimates are unbiased and so may fall below zero, which says that nothing of the source was seen.
+    """
+
+    source: str
+    variance: float | None
+    """None where the design cannot tell it apart."""
+    low: float | None = None
+    high: float | None = None
+    """Delete-one-scenario jackknife."""
+    note: str = ""
+
+
+class Spread(Record):
+    """Where the spread of the paired differences comes from, for one comparison and metric."""
+
+    system_a: str
+    system_b: str
+    setting: Setting
+    metric: str
+    num_pairs: int
+    num_scenarios: int
+    components: tuple[Component, ...]
+
+
 class Results(Record):
     """`results.json`: every comparison, with what is needed to repeat or doubt it."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     manifest: str
     manifest_sha256: str
     num_matches: int
     num_scenarios: int
     partners: tuple[str, ...]
     judge: str
+    """Whose scores `rows` compare: a judge, or the mean of a panel."""
+    judges: tuple[str, ...] = ()
+    """The panel."""
     seeds: dict[str, int]
     config: EvaluateConfig
     rows: tuple[Row, ...]
     systems: tuple[SystemSummary, ...]
     decompositions: tuple[Decomposition, ...]
+    parts: tuple[Part, ...] = ()
+    """Each judge of a panel alone, and each partner of several alone."""
+    scenarios: tuple[ScenarioRow, ...] = ()
+    lengths: tuple[LengthPoints, ...] = ()
+    agreement: tuple[JudgeAgreement, ...] = ()
+    judge_noise: tuple[JudgeNoise, ...] = ()
+    spreads: tuple[Spread, ...] = ()
     notes: tuple[str, ...] = ()
     package_version: str = ""
 

@@ -1,35 +1,38 @@
-"""`evaluate` and `report`: which of two systems does better, and the page that says so."""
+"""`evaluate …` and `report`: which of several systems does better, how sure that is, and the page that says so."""
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-from cyclopts.types import ExistingFile
+from cyclopts import App, Parameter
+from cyclopts.types import ExistingDirectory, ExistingFile
 
-from sotopia_rl import stages
 from sotopia_rl.commands.data import with_models
-from sotopia_rl.commands.options import named_manifest, resolve
+from sotopia_rl.commands.options import finish, named_manifest, resolve
 from sotopia_rl.config import parse_config, read_yaml
 from sotopia_rl.console import bars, out
-from sotopia_rl.episode import AgentSpec, Sampling
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
-from sotopia_rl.manifest import evaluation_pairings
 from sotopia_rl.simulate import SimulateConfig
-from sotopia_rl.store import open_store
+
+if TYPE_CHECKING:  # scipy takes a second, which `--help` does not need
+    from sotopia_rl.results import EvaluateConfig
+
+app = App(name="evaluate", help="Compare systems over one manifest: play, judge, compare, rank, bundle, verify.")
 
 
-def evaluate(
+@app.default
+@app.command
+def play(
     *,
     manifest: str,
     system: list[str],
     partner: list[str],
-    judge: str,
+    judge: list[str],
     output: Path,
+    repeat_judge: int = 1,
     count: int = 40,
     profiles: Path | None = None,
     seed: int = 0,
@@ -38,26 +41,32 @@ def evaluate(
     max_tokens: int = 512,
     resume: bool = True,
     retry_failed: bool = False,
+    max_cost: float | None = None,
     config: ExistingFile | None = None,
     settings: Annotated[SimulateConfig, Parameter(name="*")] = SimulateConfig(),  # noqa: B008  frozen
+    judging: Annotated[JudgeConfig, Parameter(name="judging")] = JudgeConfig(),  # noqa: B008  frozen
     limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Play every system over one manifest against the same partners, judge, and compare pair by pair.
 
-    Every system is compared with the first one named.
+    Every system is compared with the first one named. The same command again plays and judges only what is missing;
+    systems, partners and judges may be added to a folder.
 
     Parameters
     ----------
     manifest
-        sandbox-train, sandbox-held-out, sotopia-hard, sotopia-all, or a manifest file.
+        sandbox-train, sandbox-held-out, a size of sotopia-hard or sotopia-all, or a manifest file; see
+        `sotopia-rl manifest list`.
     system
         NAME=MODEL, twice or more; the first is what the others are compared with.
     partner
         Model string of a fixed partner; several make a panel.
     judge
-        Model string of the judge.
+        Model string of a judge; several make a panel: their mean is reported, and each alone.
     output
         Run folder for episodes, results.json and the report.
+    repeat_judge
+        Times each judge rates an episode. The first rating counts, the others tell how far it agrees with itself.
     count
         Number of matches, for the sandbox manifests.
     profiles
@@ -74,75 +83,180 @@ def evaluate(
         Go on with what is there; --no-resume refuses a folder that holds results.
     retry_failed
         Play failed episodes again.
+    max_cost
+        Spend cap in USD over all models; --max-spend-usd by another name.
     config
         YAML file with any of the settings below.
     """
-    from sotopia_rl import evaluate as comparing
-    from sotopia_rl.report import ReportInput, results_table, write_report
+    from sotopia_rl.evaluate.folder import Plan, save_plan
+    from sotopia_rl.evaluate.play import play as play_into
 
-    chosen = resolve(settings, config)
-    systems = named_systems(system)
     if not resume and (output / "results.json").exists():
         raise ConfigError(f"{output}: holds results; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
+    asked = {
+        "systems": named_systems(system),
+        "partners": partner,
+        "judges": judge,
+        "temperature": temperature,
+        "greedy": greedy,
+        "max_tokens": max_tokens,
+        "judgements": repeat_judge,
+        "simulate": resolve(settings, config).model_dump(),
+        "judging": judging.model_dump(),
+    }
     frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
-    frozen.save(output / "manifest.json")
-    partners = [AgentSpec(model=name, sampling=Sampling(temperature=temperature)) for name in partner]
-    played = []
-    for name, model in systems.items():
-        specs = stages.system_specs(model, temperature=temperature, greedy=greedy, max_tokens=max_tokens)
-        pairings = [p for spec in specs for p in evaluation_pairings(frozen, spec, partners)]
-        with closing(open_store(output / f"{name}.db")) as store, bars() as watch:
-            with_models(
-                limits,
-                lambda pool, store=store, pairings=pairings, name=name, watch=watch: stages.play_and_judge(  # type: ignore[misc]
-                    pool,
-                    store,
-                    pairings,
-                    judge,
-                    tag=name,
-                    simulate=chosen,
-                    judging=JudgeConfig(),
-                    watch=watch,
-                    retry_failed=retry_failed,
-                ),
-            )
-            played.append(stages.load_played(name, frozen, store, judge))
-    first, *others = systems
-    results = comparing.evaluate(played, [(other, first) for other in others], partners=tuple(partner))
-    results.save(output / "results.json")
-    write_report(ReportInput(results=results, title=frozen.name), output)
+    plan = save_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
+    with bars() as watch:
+        tallies = with_models(
+            capped(limits, max_cost),
+            lambda pool: play_into(pool, output, plan, frozen, watch, retry_failed=retry_failed),
+        )
+    finish(*tallies)
+    publish([output], output)
+
+
+def capped(limits: ModelLimits, max_cost: float | None) -> ModelLimits:
+    """Limits with a spend cap."""
+    return limits if max_cost is None else ModelLimits(**{**limits.model_dump(), "max_spend_usd": max_cost})
+
+
+@app.command
+def rejudge(
+    run: ExistingDirectory,
+    /,
+    *,
+    judge: list[str],
+    repeat_judge: int = 1,
+    max_cost: float | None = None,
+    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+) -> None:
+    """Have other judges rate the stored episodes of a run, or the same ones again; nothing is played.
+
+    Parameters
+    ----------
+    run
+        Run folder of `sotopia-rl evaluate`.
+    judge
+        Model string of a judge, added to those of the run.
+    repeat_judge
+        Times each judge of the run rates an episode; the first rating counts.
+    max_cost
+        Spend cap in USD.
+    """
+    from sotopia_rl.evaluate.folder import load_plan, save_plan
+    from sotopia_rl.evaluate.play import judge as judge_into
+    from sotopia_rl.evaluate.play import refuse_silent
+    from sotopia_rl.llm.open import ModelPool
+    from sotopia_rl.manifest import load_manifest
+    from sotopia_rl.stages import Tally
+
+    before = load_plan(run)
+    asked = before.model_copy(update={"judges": tuple(judge), "judgements": repeat_judge})
+    plan = save_plan(asked, load_manifest(run / "manifest.json"), run)
+
+    async def work(pool: ModelPool) -> list[Tally]:
+        await refuse_silent(pool, judge)
+        return await judge_into(pool, run, plan, watch)
+
+    with bars() as watch:
+        tallies = with_models(capped(limits, max_cost), work)
+    finish(*tallies)
+    publish([run], run)
+
+
+@app.command
+def compare(
+    runs: list[ExistingDirectory],
+    /,
+    *,
+    output: Path | None = None,
+    baseline: str | None = None,
+    published: bool = False,
+    config: ExistingFile | None = None,
+    confidence: float | None = None,
+    wanted_points: float | None = None,
+) -> None:
+    """Compare what stored runs played, and write results.json and the report anew; nothing is played or judged.
+
+    Parameters
+    ----------
+    runs
+        Run folders of `sotopia-rl evaluate`; several must have played one manifest before the same judges.
+    output
+        Folder for the results; the run's own where there is one.
+    baseline
+        System that the others are compared with; the first by default.
+    published
+        Set published figures beside one's own, marked as not paired.
+    config
+        YAML file with settings of the comparison: confidence, num_draws, power, wanted_points, seed.
+    confidence
+        Level of the intervals.
+    wanted_points
+        A difference worth finding; the report says how many scenarios would find it.
+    """
+    from sotopia_rl.results import EvaluateConfig
+
+    if output is None and len(runs) > 1:
+        raise ConfigError(f"{len(runs)} runs are compared; give a folder for the results with --output")
+    flags = {"confidence": confidence, "wanted_points": wanted_points}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = parse_config(EvaluateConfig, {**(read_yaml(config) if config else {}), **given}, where="compare")
+    publish(runs, output or runs[0], config=settings, baseline=baseline, published=published)
+
+
+def publish(
+    runs: list[Path],
+    output: Path,
+    *,
+    config: EvaluateConfig | None = None,
+    baseline: str | None = None,
+    published: bool = False,
+) -> None:
+    """Compute the results of run folders, write them with their report, and show the table."""
+    from sotopia_rl.evaluate.folder import load_evaluation
+    from sotopia_rl.report import ReportInput, results_table, write_report
+
+    found = load_evaluation(runs)
+    results = found.results(config=config, baseline=baseline)
+    page = ReportInput(results=results, title=found.manifest.name, provenance=found.provenance(), published=published)
+    write_report(page, output)
     out.print(results_table(results))
     out.print(f"results {output / 'results.json'}\nreport  {output / 'report.html'}")
 
 
-def named_systems(texts: list[str]) -> dict[str, str]:
+def named_systems(texts: list[str], *, at_least: int = 2) -> dict[str, str]:
     """Model strings by name, from NAME=MODEL.
 
     Raises:
-        ConfigError: Fewer than two, a name twice, or no name.
+        ConfigError: Fewer than `at_least`, a name twice, or no name.
     """
     pairs = [text.partition("=") for text in texts]
     if any(not (name and equals and model) for name, equals, model in pairs):
         raise ConfigError("--system takes NAME=MODEL, for instance --system sft=local/models/base:runs/sft/adapter")
     systems = {name: model for name, _, model in pairs}
-    if len(systems) < len(pairs) or len(systems) < 2:
-        raise ConfigError(f"{len(pairs)} systems with {len(systems)} different names; give two or more")
+    if len(systems) < len(pairs) or len(systems) < at_least:
+        raise ConfigError(f"{len(pairs)} systems with {len(systems)} different names; give {at_least} or more")
     return systems
 
 
-def report(run: Path, /, *, stages: Path | None = None) -> None:
+def report(run: ExistingDirectory, /, *, stages: Path | None = None, published: bool = False) -> None:
     """Write the report of a run folder again and show its table.
 
     Parameters
     ----------
     run
-        Run folder of `sotopia-rl run` or `quickstart`.
+        Run folder of `sotopia-rl run`, `quickstart` or `evaluate`.
     stages
         Folder of finished stages, where the run used another one than its own.
+    published
+        Set published figures beside one's own, marked as not paired; for runs of `evaluate`.
     """
     from sotopia_rl.commands.experiments import execute
     from sotopia_rl.experiment import Experiment
 
+    if (run / "evaluation.json").is_file():
+        publish([run], run, published=published)
+        return
     file = run / "experiment.yaml"
     execute(parse_config(Experiment, read_yaml(file), where=str(file)), run, stages, resume=True, only_report=True)

@@ -42,6 +42,7 @@ class ReportInput:
         episodes: Shown in full, each with its rating and the rewards of its utterances (which may be empty).
         provenance: Models, prompts, seeds, commands: names to values or to mappings of them.
         notes: Warnings printed on top.
+        published: Set published figures beside these, marked as not paired.
     """
 
     results: Results
@@ -52,6 +53,7 @@ class ReportInput:
     episodes: Sequence[tuple[Episode, Rating, Sequence[UtteranceReward]]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    published: bool = False
 
 
 def write_report(report: ReportInput, out_dir: Path) -> Path:

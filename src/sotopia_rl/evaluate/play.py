@@ -1,0 +1,121 @@
+"""Plays and judges what a folder of evaluation lacks; every call goes on from what is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from sotopia_rl import stages
+from sotopia_rl.episode import Sampling
+from sotopia_rl.errors import EvaluationError, ModelCallError
+from sotopia_rl.evaluate.folder import Plan, store_path
+from sotopia_rl.judge import JudgeConfig
+from sotopia_rl.llm.open import CustomName, ModelPool, OpenAIName, parse_name
+from sotopia_rl.manifest import Manifest, evaluation_pairings
+from sotopia_rl.models import Message
+from sotopia_rl.simulate import Pairing, episode_id
+from sotopia_rl.stages import Tally, Watch
+from sotopia_rl.store import EpisodeQuery, open_store
+
+SILENT = frozenset({"connection", "timeout", "http_4xx", "http_5xx", "rate_limited"})
+"""Failures that say that an endpoint, not a reply, is wrong."""
+
+
+def pairings_of(plan: Plan, manifest: Manifest, system: str) -> list[Pairing]:
+    """Everything one system plays."""
+    partners = [plan.spec(name) for name in plan.partners]
+    return [p for spec in plan.specs(plan.systems[system]) for p in evaluation_pairings(manifest, spec, partners)]
+
+
+async def play(
+    pool: ModelPool, folder: Path, plan: Plan, manifest: Manifest, watch: Watch, *, retry_failed: bool = False
+) -> list[Tally]:
+    """Play every system and have every judge rate it, leaving out what is there.
+
+    Every model is opened, and every endpoint asked for a word, before the first match.
+
+    Raises:
+        ConfigError: A model string is wrong.
+        EvaluationError: An endpoint does not answer.
+        ModelCallError: The spend cap is reached, or an endpoint was given up.
+    """
+    names = [*plan.systems.values(), *plan.partners, *plan.judges]
+    for name in names:
+        pool.get(name)
+    if _missing(folder, plan, manifest, retry_failed=retry_failed):
+        await refuse_silent(pool, names)
+    tallies = []
+    for system in plan.systems:
+        with closing(open_store(store_path(folder, system))) as store:
+            pairings = pairings_of(plan, manifest, system)
+            tally = await stages.simulate_into(
+                store, pairings, pool.get, tag=system, config=plan.simulate, watch=watch, retry_failed=retry_failed
+            )
+        tally.stage = f"episodes of {system}"
+        tallies.append(tally)
+    return tallies + await judge(pool, folder, plan, watch)
+
+
+async def judge(pool: ModelPool, folder: Path, plan: Plan, watch: Watch) -> list[Tally]:
+    """Have every judge rate every completed episode as often as the plan says, leaving out what is rated."""
+    tallies = []
+    for system in plan.systems:
+        with closing(open_store(store_path(folder, system), create=False)) as episodes:
+            for name in plan.judges:
+                for again in range(1, plan.judgements + 1):
+                    with closing(open_store(store_path(folder, system, again))) as target:
+                        tally = await stages.judge_into(
+                            episodes,
+                            target,
+                            EpisodeQuery(tag=system, status="completed"),
+                            pool.get(name),
+                            config=_asked(plan.judging, again),
+                            limit=plan.judging.concurrency,
+                            watch=watch,
+                        )
+                    tally.stage = f"judgements of {system} by {name}" + (f", time {again}" if again > 1 else "")
+                    tallies.append(tally)
+    return tallies
+
+
+def _asked(config: JudgeConfig, again: int) -> JudgeConfig:
+    """Settings of the first, second, … judgement; from the second on, a judge that samples draws anew."""
+    return config if again == 1 else config.model_copy(update={"seed": (config.seed or 0) + again - 1})
+
+
+def _missing(folder: Path, plan: Plan, manifest: Manifest, *, retry_failed: bool) -> bool:
+    """Whether anything is left to play."""
+    for system in plan.systems:
+        path = store_path(folder, system)
+        if not path.is_file():
+            return True
+        with closing(open_store(path, create=False)) as store:
+            present = set(store.ids(EpisodeQuery(tag=system, status="completed" if retry_failed else None)))
+        wanted = {episode_id(p, tag=system, config=plan.simulate) for p in pairings_of(plan, manifest, system)}
+        if not wanted <= present:
+            return True
+    return False
+
+
+async def refuse_silent(pool: ModelPool, names: Iterable[str]) -> None:
+    """Ask every HTTP model for one word, so that one that does not answer is found before anything is paid for.
+
+    Raises:
+        EvaluationError: One of them gives no answer; names all that do not.
+    """
+    http = [name for name in dict.fromkeys(names) if isinstance(parse_name(name), OpenAIName | CustomName)]
+    answers = await asyncio.gather(*(_word(pool, name) for name in http))
+    if silent := [answer for answer in answers if answer]:
+        raise EvaluationError(f"{'; '.join(silent)}. Nothing was played or judged")
+
+
+async def _word(pool: ModelPool, name: str) -> str:
+    """Why a model does not answer; empty where it does, whatever it says."""
+    question: Sequence[Message] = [Message(role="user", content="Reply with the word yes.")]
+    try:
+        await pool.get(name).complete(question, Sampling(temperature=0.0, max_tokens=16))
+    except ModelCallError as error:
+        return str(error) if error.kind in SILENT else ""
+    return ""

@@ -1,0 +1,189 @@
+"""From what systems played to `Results`: the checks before any arithmetic, then every comparison, judge and partner."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from sotopia_rl import __version__
+from sotopia_rl.errors import EvaluationError
+from sotopia_rl.evaluate.cells import Cell, Played, cell_of, partner_of, pooled
+from sotopia_rl.evaluate.noise import CellKey, judge_agreement, judge_noise, spreads
+from sotopia_rl.evaluate.paired import LENGTH, by_scenario, compare, decompose, shared_keys
+from sotopia_rl.manifest import Manifest
+from sotopia_rl.results import SCORES, SETTINGS, EvaluateConfig, LengthPoints, Part, Results, ScenarioRow
+
+Panel = Mapping[str, Sequence[Played]]
+"""By judge, one `Played` per system."""
+Cells = dict[CellKey, Cell]
+
+HEADLINE = ("goal", "overall")
+"""The metric of pictures and of what costs time: the first of these that is there."""
+
+
+def evaluate(
+    played: Sequence[Played],
+    comparisons: Sequence[tuple[str, str]],
+    *,
+    partners: Sequence[str] = (),
+    config: EvaluateConfig = EvaluateConfig(),  # noqa: B008  frozen
+    seeds: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> Results:
+    """Compare systems pair by pair as one judge saw them, in every setting that both played.
+
+    Args:
+        played: One per system.
+        comparisons: (A, B) by system name; differences are A minus B.
+        partners: Model strings every match was to be played against; by default those that occur. A pair
+            that was not played counts as a failure of cause `not played`.
+        seeds: Seeds to keep with the results (training, evaluation).
+
+    Raises:
+        EvaluationError: As `evaluate_panel`; or several judges rated.
+    """
+    panel = {_one_judge(played): played} if played else {}
+    return evaluate_panel(panel, comparisons, partners=partners, config=config, seeds=seeds, notes=notes)
+
+
+def evaluate_panel(
+    panel: Panel,
+    comparisons: Sequence[tuple[str, str]],
+    *,
+    partners: Sequence[str] = (),
+    config: EvaluateConfig = EvaluateConfig(),  # noqa: B008  frozen
+    seeds: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> Results:
+    """Compare systems as a panel of judges saw them: pooled (`cells.pooled`), and each judge alone.
+
+    Raises:
+        EvaluationError: There is no system, manifests differ, an episode is no part of the manifest or there twice,
+            a name is unknown, a judge rated nothing, or two systems share no scored pair. With counts.
+    """
+    if not panel or not all(panel.values()):
+        raise EvaluationError("there is no system to evaluate")
+    played = next(iter(panel.values()))
+    _check_names(played, comparisons)
+    manifest = _same_manifest(played)
+    for judge, by_system in panel.items():
+        if (rated_by := _one_judge(by_system, judge)) != judge:
+            raise EvaluationError(f"ratings by {rated_by} stand under judge {judge}")
+    met = tuple(partners) or tuple(sorted({partner_of(e) for p in played for e in p.episodes}))
+    by_judge = {judge: _cells(by_system, met, judge) for judge, by_system in panel.items()}
+    first = next(iter(by_judge.values()))
+    cells = {place: pooled([of_judge[place] for of_judge in by_judge.values()]) for place in first}
+    scenario_of = {m.id: m.scenario.id for m in manifest.matches}
+    settings = {pair: _settings(cells, *pair) for pair in comparisons}
+    ab = [(cells[a, s], cells[b, s]) for (a, b), shared in settings.items() for s in shared]
+    headline = _headline(cells)
+    return Results(
+        manifest=manifest.name,
+        manifest_sha256=manifest.sha256,
+        num_matches=len(manifest.matches),
+        num_scenarios=manifest.num_scenarios,
+        partners=met,
+        judge=next(iter(panel)) if len(panel) == 1 else f"mean of {', '.join(panel)}",
+        judges=tuple(panel),
+        seeds=dict(seeds or {}),
+        config=config,
+        rows=tuple(row for a, b in ab for row in compare(a, b, scenario_of, config=config)),
+        systems=tuple(cell.summary() for cell in cells.values()),
+        decompositions=tuple(
+            found
+            for pair, shared in settings.items()
+            if len(shared) == len(SETTINGS)
+            for found in decompose([cells[n, s] for n in pair for s in SETTINGS], scenario_of, config=config)
+        ),
+        parts=tuple(_parts(by_judge, ab, met, scenario_of, config)),
+        scenarios=tuple(_scenarios(ab, manifest, scenario_of, headline)),
+        lengths=tuple(_lengths(cells, headline)),
+        agreement=tuple(judge_agreement(by_judge, scenario_of)),
+        judge_noise=tuple(judge_noise(by_judge, scenario_of)),
+        spreads=tuple(spreads(by_judge, comparisons, scenario_of, headline, confidence=config.confidence)),
+        notes=tuple(notes),
+        package_version=__version__,
+    )
+
+
+def _check_names(played: Sequence[Played], comparisons: Sequence[tuple[str, str]]) -> None:
+    names = {p.system for p in played}
+    if len(names) < len(played):
+        raise EvaluationError(f"{len(played)} systems have {len(names)} different names; name each once")
+    if unknown := {name for pair in comparisons for name in pair} - names:
+        raise EvaluationError(f"no episodes for {sorted(unknown)}; there are {sorted(names)}")
+
+
+def _same_manifest(played: Sequence[Played]) -> Manifest:
+    first = played[0]
+    for p in played[1:]:
+        if p.manifest.sha256 != first.manifest.sha256:
+            shared = len({m.id for m in p.manifest.matches} & {m.id for m in first.manifest.matches})
+            raise EvaluationError(
+                f"{first.system!r} played {first.manifest} and {p.system!r} played {p.manifest}: "
+                f"different manifests with {shared} matches in common; play both systems over one manifest"
+            )
+    return first.manifest
+
+
+def _one_judge(played: Sequence[Played], named: str = "") -> str:
+    counts = Counter(p.ratings[e.id].judge for p in played for e in p.episodes if e.id in p.ratings)
+    if not counts:
+        total = sum(len(p.episodes) for p in played)
+        by = f" by {named}" if named else ""
+        raise EvaluationError(f"none of the {total} episodes has a rating{by}; judge them first")
+    if len(counts) > 1:
+        listed = ", ".join(f"{judge} {count}" for judge, count in sorted(counts.items()))
+        raise EvaluationError(f"ratings by {len(counts)} judges ({listed}); give the ratings of one judge")
+    return next(iter(counts))
+
+
+def _cells(played: Sequence[Played], partners: Sequence[str], judge: str) -> Cells:
+    found = ((p.system, setting, cell_of(p, setting, partners, judge)) for p in played for setting in SETTINGS)
+    return {(system, setting): cell for system, setting, cell in found if cell is not None}
+
+
+def _settings(cells: Cells, a: str, b: str) -> list[str]:
+    shared = [s for s in SETTINGS if (a, s) in cells and (b, s) in cells]
+    if not shared:
+        raise EvaluationError(f"{a!r} and {b!r} were not played in the same setting (sampled or greedy)")
+    return list(shared)
+
+
+def _headline(cells: Cells) -> str:
+    present = {metric for cell in cells.values() for scores in cell.scored.values() for metric in scores}
+    return next((metric for metric in HEADLINE if metric in present), HEADLINE[-1])
+
+
+def _parts(
+    by_judge: Mapping[str, Cells],
+    ab: Sequence[tuple[Cell, Cell]],
+    partners: Sequence[str],
+    scenario_of: Mapping[str, str],
+    config: EvaluateConfig,
+) -> Iterator[Part]:
+    """Each judge of several alone; each partner of several alone, in the headline metrics."""
+    for a, b in ab:
+        for judge, cells in by_judge.items() if len(by_judge) > 1 else ():
+            own = cells[a.system, a.setting], cells[b.system, b.setting]
+            if shared_keys(*own):
+                for row in compare(*own, scenario_of, config=config, metrics=list(SCORES)):
+                    yield Part(by="judge", name=judge, row=row)
+        for partner in partners if len(partners) > 1 else ():
+            if any(key[1] == partner for key in shared_keys(a, b)):
+                for row in compare(a, b, scenario_of, config=config, metrics=HEADLINE, partner=partner):
+                    yield Part(by="partner", name=partner, row=row)
+
+
+def _scenarios(
+    ab: Sequence[tuple[Cell, Cell]], manifest: Manifest, scenario_of: Mapping[str, str], metric: str
+) -> Iterator[ScenarioRow]:
+    codenames = {m.scenario.id: m.scenario.codename for m in manifest.matches}
+    for a, b in ab:
+        yield from by_scenario(a, b, scenario_of, codenames, metric)
+
+
+def _lengths(cells: Cells, metric: str) -> Iterator[LengthPoints]:
+    for cell in cells.values():
+        points = [(m[LENGTH], m[metric]) for _, m in sorted(cell.scored.items()) if LENGTH in m and metric in m]
+        yield LengthPoints(system=cell.system, setting=cell.setting, metric=metric, points=tuple(points))
