@@ -10,19 +10,20 @@ a batch, T tokens, H hidden size, D outputs of the reward model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import DataError, TrainingError
 from sotopia_rl.train.batches import padded_inputs
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import fingerprint, read_json, write_json
 from sotopia_rl.train.loading import load_base
+from sotopia_rl.train.processes import is_main
 
 POLICY, REFERENCE, REWARD = "default", "ref", "reward"
 BASE_NOTE = "base.json"
@@ -32,8 +33,9 @@ COMBINED = "value"
 
 
 def write_base_note(adapter: Path, base: Path) -> None:
-    """Note beside an adapter which base it belongs to."""
-    write_json(adapter / BASE_NOTE, {"path": str(base), "fingerprint": fingerprint(base)})
+    """Note beside an adapter which base it belongs to; the main process does."""
+    if is_main():
+        write_json(adapter / BASE_NOTE, {"path": str(base), "fingerprint": fingerprint(base)})
 
 
 def check_base(adapter: Path, base: Path) -> None:
@@ -54,6 +56,17 @@ def check_base(adapter: Path, base: Path) -> None:
         same = Path(name).name == base.name
     if not same:
         raise TrainingError(f"{adapter}: the adapter was trained on the base {name}, not on {base}")
+
+
+def saver(model: PreTrainedModel | PeftModel, *adapters: str) -> Callable[[Path], None]:
+    """Saves a model's adapters, all or those that are named, or the whole model where it has none.
+
+    Never with them the base's embeddings, which PEFT would add where a padding token made them longer.
+    """
+    if not isinstance(model, PeftModel):
+        return model.save_pretrained
+    options = {"selected_adapters": list(adapters)} if adapters else {}
+    return lambda folder: model.save_pretrained(folder, save_embedding_layers=False, **options)
 
 
 def template_of(adapter: Path) -> Path | None:

@@ -6,6 +6,7 @@ decides as the unbroken one would have.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sotopia_rl.errors import TrainingError
 from sotopia_rl.train.folder import COMPLETE, RunFolder, checkpoint_step, read_json, write_json, write_text
+from sotopia_rl.train.processes import is_main, main_first, wait_for_all
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
@@ -24,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Record(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Writes metrics, marks checkpoints as complete, reports progress."""
+    """Writes metrics, marks checkpoints as complete, reports progress, stops a run that has diverged."""
 
     run: RunFolder
     progress: Progress | None = None
@@ -33,15 +36,27 @@ class Record(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
     started: float = field(default_factory=time.monotonic)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Write a line of metrics."""
-        if not state.is_world_process_zero or "train_runtime" in logs:
+        """Write a line of metrics, and stop a run that has nothing left to train.
+
+        Raises:
+            TrainingError: Loss or gradients are no numbers any more.
+        """
+        if "train_runtime" in logs:
             return
-        named = {self.names.get(name, name): value for name, value in logs.items()}
-        values = {name: value for name, value in named.items() if name is not None}
-        self.run.append_metrics(state.global_step, values)
+        if state.is_world_process_zero:
+            named = {self.names.get(name, name): value for name, value in logs.items()}
+            values = {name: value for name, value in named.items() if name is not None}
+            self.run.append_metrics(state.global_step, values)
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrainingError(
+                    f"step {state.global_step}: {name} is {logs[name]}; lower learning_rate or use dtype: float32, in "
+                    f"a new folder (the last sound checkpoint is in {self.run.checkpoints})"
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint as complete, then remove older ones."""
+        """Mark the checkpoint as complete, once every process has written its part, then remove older ones."""
+        wait_for_all()
         if state.is_world_process_zero:
             write_text(self.run.checkpoints / f"checkpoint-{state.global_step}" / COMPLETE, "")
             self.run.prune_checkpoints()
@@ -82,7 +97,9 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
 
 def keep_as_best(run: RunFolder, save: Callable[[Path], None], *, step: int, metric: str, value: float) -> None:
-    """Replace the best weights; a kill leaves the old ones or the new ones."""
+    """Replace the best weights, in the main process; a kill leaves the old ones or the new ones."""
+    if not is_main():
+        return
     part = run.path / "best.part"
     shutil.rmtree(part, ignore_errors=True)
     save(part)
@@ -103,15 +120,26 @@ def train_to_the_end(trainer: Trainer, run: RunFolder, callbacks: list[TrainerCa
     trainer.remove_callback(ProgressCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
-    checkpoint = run.last_checkpoint()
-    run.rewind_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
+    with main_first():
+        checkpoint = run.last_checkpoint()
+        if is_main():
+            run.rewind_metrics(0 if checkpoint is None else checkpoint_step(checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def write_result(
     run: RunFolder, name: str, save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, *, use_best: bool
 ) -> Path:
-    """Write the run's result under `name`, from the best weights or from the current ones."""
+    """Write the run's result under `name`, from the best weights or from the current ones, for every process."""
+    if is_main():
+        _write_result(run, name, save, tokenizer, use_best=use_best)
+    wait_for_all()
+    return run.path / name
+
+
+def _write_result(
+    run: RunFolder, name: str, save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, *, use_best: bool
+) -> None:
     target, part = run.path / name, run.path / f"{name}.part"
     for folder in (target, part):
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,4 +149,3 @@ def write_result(
         save(part)
     tokenizer.save_pretrained(part)
     part.rename(target)
-    return target

@@ -25,6 +25,7 @@ from typing import Any
 from sotopia_rl import __version__
 from sotopia_rl.config import Config
 from sotopia_rl.errors import ConfigError, DataError, TrainingError
+from sotopia_rl.train.processes import is_main, main_first, wait_for_all
 
 COMPLETE = "COMPLETE"
 FREE = (
@@ -72,8 +73,10 @@ class RunFolder:
         return (self.path / "finished.json").is_file()
 
     def finish(self, facts: Mapping[str, object]) -> None:
-        """Mark the run as over."""
-        write_json(self.path / "finished.json", facts)
+        """Mark the run as over, for every process."""
+        if is_main():
+            write_json(self.path / "finished.json", facts)
+        wait_for_all()
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint; those torn by a kill are removed on the way."""
@@ -100,7 +103,9 @@ class RunFolder:
             write_text(self.metrics_file, text)
 
     def append_metrics(self, step: int, values: Mapping[str, object]) -> None:
-        """Add one line to the metrics; numbers that are not finite become null."""
+        """Add one line to the metrics, in the main process; numbers that are not finite become null."""
+        if not is_main():
+            return
         line = {"step": step, **{name: finite(value) for name, value in values.items()}}
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -126,15 +131,21 @@ def claim(path: Path, stage: str, settings: Config, inputs: Mapping[str, str], *
         "package_version": __version__,
     }
     run = RunFolder(path)
+    with main_first():
+        if is_main():
+            _claim(run, asked, resume=resume)
+    return run
+
+
+def _claim(run: RunFolder, asked: Mapping[str, Any], *, resume: bool) -> None:
     if run.settings_file.is_file():
         if changes := differences(_binding(read_json(run.settings_file)), _binding(asked)):
-            raise ConfigError(f"{path}: holds a run with other settings: {'; '.join(changes)}; use another folder")
+            raise ConfigError(f"{run.path}: holds a run with other settings: {'; '.join(changes)}; use another folder")
         if not run.finished and not resume:
-            raise TrainingError(f"{path}: holds an unfinished run; resume it, or remove the folder")
-        return run
+            raise TrainingError(f"{run.path}: holds an unfinished run; resume it, or remove the folder")
+        return
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(run.settings_file, asked)
-    return run
 
 
 def _binding(claimed: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from sotopia_rl.train.adapters import (
     check_base,
     check_template,
     load_policy,
+    saver,
     template_of,
     write_base_note,
 )
@@ -36,13 +37,14 @@ from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import encode_rows, length_report
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_tokenizer, training_session
+from sotopia_rl.train.processes import from_main
 from sotopia_rl.train.reward_report import check_gate
 from sotopia_rl.train.rollout import prepare_rollouts
 from sotopia_rl.train.trl_grpo import METRIC_NAMES, make_trainer
 from sotopia_rl.train.utterance_reward import UtteranceReward
 
 COLLAPSE_STEPS = 5
-"""Steps in a row below a minimum that count as a collapse."""
+"""Steps in a row below a minimum, or without any signal, that count as a collapse."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         watch = Watch(run, settings, Policy(model, tokenizer), eval_hook)
         train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), watch])
         use_best = settings.keep == "best" or watch.collapsed
-        adapter = write_result(run, "adapter", _saver(model), tokenizer, use_best=use_best)
+        adapter = write_result(run, "adapter", saver(model, POLICY), tokenizer, use_best=use_best)
         write_base_note(adapter, base)
     run.finish(
         {
@@ -142,11 +144,6 @@ def is_action(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _saver(model: PeftModel) -> Callable[[Path], None]:
-    """Saves the policy's adapter alone."""
-    return lambda folder: model.save_pretrained(folder, selected_adapters=[POLICY])
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -172,16 +169,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             self._give_up(reason, state, control)
 
     def _evaluate(self, state: Any) -> None:
-        if self.eval_hook is not None:
+        if (hook := self.eval_hook) is not None:
             with undisturbed(self.policy.model):
-                found = dict(self.eval_hook(state.global_step, self.policy))
+                found = from_main(lambda: dict(hook(state.global_step, self.policy)))
             values = {f"eval_{name}": value for name, value in found.items()}
             state.log_history.append({"step": state.global_step, **values})
             self.run.append_metrics(state.global_step, values)
         scores = self._scores(state.log_history)
         if scores and max(scores) == scores[-1] and scores.index(scores[-1]) == len(scores) - 1:
             metric = "reward" if self.eval_hook is None else "eval_score"
-            keep_as_best(self.run, _saver(self.policy.model), step=state.global_step, metric=metric, value=scores[-1])
+            keep_as_best(
+                self.run, saver(self.policy.model, POLICY), step=state.global_step, metric=metric, value=scores[-1]
+            )
 
     def _scores(self, history: list[dict[str, Any]]) -> list[float]:
         """What each evaluation so far counts: the judge's score, or the mean reward since the one before."""
@@ -197,13 +196,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
         for name, low in (("entropy", self.settings.min_entropy), ("validity", self.settings.min_validity)):
             if all(entry[name] < low for entry in last):
                 return f"{name} below {low} for {COLLAPSE_STEPS} steps (now {last[-1][name]:.3g})"
+        if all(entry["frac_reward_zero_std"] == 1 for entry in last):
+            return f"all replies to a prompt had the same reward for {COLLAPSE_STEPS} steps, so nothing is learned"
         return None
 
     def _give_up(self, reason: str, state: Any, control: Any) -> None:
         advice = "lower learning_rate or raise beta"
         if self.settings.on_collapse == "warn":
             self.run.append_metrics(state.global_step, {"warning": f"the policy collapses: {reason}; {advice}"})
-        elif self.run.best.is_dir():
+        elif from_main(self.run.best.is_dir):
             self.collapsed = True
             control.should_training_stop = True
         else:

@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from sotopia_rl.errors import ConfigError, DataError, MissingExtraError, TrainingError
+from sotopia_rl.train import processes
 from sotopia_rl.train.config import AdapterSettings, TrainerSettings
 from sotopia_rl.train.folder import RunFolder
 from sotopia_rl.train.publish import check_publishing
@@ -43,7 +44,12 @@ def device_of(settings: TrainerSettings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda, but torch sees no GPU; use device: auto or cpu")
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
+    return torch.device("cuda", processes.number_on_machine()) if on_gpu else torch.device("cpu")
+
+
+def _placement(settings: TrainerSettings) -> torch.device | None:
+    """Where to load weights; FSDP and ZeRO-3 place them themselves."""
+    return None if processes.weights_are_divided() else device_of(settings)
 
 
 def dtype_of(settings: TrainerSettings) -> torch.dtype:
@@ -144,16 +150,30 @@ def load_base(
     loader = model_class or AutoModelForCausalLM
     try:
         model = loader.from_pretrained(
-            folder, dtype=dtype_of(settings), local_files_only=True, device_map=device_of(settings), **options
+            folder, dtype=dtype_of(settings), local_files_only=True, device_map=_placement(settings), **options
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    _make_room(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:  # classifiers have none
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _make_room(model: PreTrainedModel, tokens: int) -> None:
+    """Lengthen the embeddings to `tokens` rows where they are shorter.
+
+    A new row is the mean of the old ones, the same at every loading. As an output its token is less likely than
+    1 in `tokens`, whatever the context: the logarithm is concave.
+    """
+    old = model.get_input_embeddings().num_embeddings
+    if tokens <= old:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            layer.weight.data[old:] = layer.weight.data[:old].mean(dim=0)
 
 
 @contextmanager
@@ -248,6 +268,7 @@ def training_session(run: RunFolder, settings: TrainerSettings) -> Iterator[None
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings(), tracking(run, settings):
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True` as")  # in checkpoints
             # peft 0.21 asks transformers 5.23 for a property by its old name.
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning

@@ -24,7 +24,7 @@ from transformers import (
 
 from sotopia_rl.dataset import RewardRow, read_rows
 from sotopia_rl.errors import DataError
-from sotopia_rl.train.adapters import COMBINED, write_base_note
+from sotopia_rl.train.adapters import COMBINED, saver, write_base_note
 from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
@@ -38,6 +38,7 @@ from sotopia_rl.train.loading import (
     trainer_arguments,
     training_session,
 )
+from sotopia_rl.train.processes import is_main
 from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
 
@@ -93,16 +94,17 @@ def train_reward_model(
             data_collator=TargetPadding(tokenizer.pad_token_id),
             ranking_weight=settings.ranking_weight if settings.loss == "mse_ranking" else 0.0,
         )
-        watch = KeepBest(run, model.save_pretrained, patience=settings.patience)
+        watch = KeepBest(run, saver(model), patience=settings.patience)
         train_to_the_end(trainer, run, [Record(run, progress), *([watch] if eval_rows else [])])
         use_best = settings.keep == "best" and bool(eval_rows)
-        adapter = write_result(run, "adapter", model.save_pretrained, tokenizer, use_best=use_best)
+        adapter = write_result(run, "adapter", saver(model), tokenizer, use_best=use_best)
         write_base_note(adapter, base)
         set_peft_model_state_dict(model, load_peft_weights(str(adapter), device=str(model.device)))
         predicted = predict(model, eval_rows, tokenizer.pad_token_id, batch_size=2 * settings.batch_size)
     report = make_report(settings, held_out, predicted, train_targets, eval_targets)
-    write_json(run.path / "report.json", report.model_dump())
-    shutil.copy(run.path / "report.json", adapter / "report.json")
+    if is_main():
+        write_json(run.path / "report.json", report.model_dump())
+        shutil.copy(run.path / "report.json", adapter / "report.json")
     run.finish(
         {
             "result": "adapter",

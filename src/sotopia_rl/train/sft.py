@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from sotopia_rl.dataset import SFTRow, read_rows
-from sotopia_rl.train.adapters import write_base_note
+from sotopia_rl.train.adapters import saver, write_base_note
 from sotopia_rl.train.batches import language_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import SFTSettings
@@ -64,10 +64,10 @@ def train_sft(
         set_seed(settings.seed)
         model = load_base(base, tokenizer, settings)
         trainer = _make_trainer(model, tokenizer, settings, run, train_rows=train_rows, eval_rows=eval_rows)
-        watch = KeepBest(run, trainer.model.save_pretrained, patience=settings.patience)
+        watch = KeepBest(run, saver(trainer.model), patience=settings.patience)
         train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), *([watch] if eval_rows else [])])
         use_best = settings.keep == "best" and bool(eval_rows)
-        target = write_result(run, name, trainer.model.save_pretrained, tokenizer, use_best=use_best)
+        target = write_result(run, name, saver(trainer.model), tokenizer, use_best=use_best)
         write_base_note(target, base)
     run.finish(
         {

@@ -22,12 +22,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from sotopia_rl.errors import RolloutError
+from sotopia_rl.errors import ConfigError, RolloutError
 from sotopia_rl.train.adapters import REFERENCE
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import Encoded
 from sotopia_rl.train.folder import RunFolder
 from sotopia_rl.train.loading import trainer_arguments
+from sotopia_rl.train.processes import count
 from sotopia_rl.train.rollout import ColocatedRollouts, PublishedPolicies, ServerRollouts, rollout_arguments
 from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
 from sotopia_rl.train.vllm_servers import VLLMServers
@@ -136,9 +137,8 @@ def make_trainer(
     servers: VLLMServers | None = None,
 ) -> PolicyTrainer:
     """The trainer that our settings describe."""
-    completions = settings.prompts_per_step * settings.num_generations
     arguments = trainer_arguments(settings, run, evaluate=False) | {
-        "gradient_accumulation_steps": completions // settings.batch_size
+        "gradient_accumulation_steps": passes_per_step(settings)
     }
     trainer = PolicyTrainer(
         model=model,
@@ -164,6 +164,21 @@ def make_trainer(
     if servers is not None:
         trainer.sample_from(servers, PublishedPolicies.of(settings, run), settings.vllm_sync_every)
     return trainer
+
+
+def passes_per_step(settings: GRPOSettings) -> int:
+    """Forward and backward passes of each process per optimizer step.
+
+    Raises:
+        ConfigError: The completions of a step cannot be divided evenly among the processes.
+    """
+    completions, share = settings.prompts_per_step * settings.num_generations, settings.batch_size * count()
+    if completions % share:
+        raise ConfigError(
+            f"prompts_per_step x num_generations ({completions}) must be a multiple of batch_size x processes "
+            f"({settings.batch_size} x {count()})"
+        )
+    return completions // share
 
 
 def prompt_rows(prompts: Sequence[Encoded]) -> Dataset:
