@@ -111,6 +111,16 @@ class LocalBase:
         self._thread: threading.Thread | None = None
         self._loaded: _Loaded | None = None
 
+    @classmethod
+    def around(cls, model: Any, tokenizer: Any, path: Path, limits: ModelLimits) -> Self:
+        """A base on weights that are loaded already, such as those of a policy in training.
+
+        They must not change, nor be used elsewhere, between the first request and `close`.
+        """
+        base = cls(path, limits)
+        base._loaded = _Loaded.of(path, model, tokenizer, limits)
+        return base
+
     def submit(self, request: _Request) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"local {self.path.name}", daemon=True)
@@ -197,11 +207,12 @@ class _Loaded:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ConfigError(f"local/{path}: not a loadable model ({_first_line(error)})") from error
-        if not tokenizer.chat_template:
-            raise ConfigError(f"local/{path}: its tokenizer has no chat template; add chat_template.jinja")
-        model = model.to(device).eval()
-        stop_tokens = _stop_tokens(model, tokenizer)
-        config = model.config
+        return cls.of(path, model.to(device).eval(), tokenizer, limits)
+
+    @classmethod
+    def of(cls, path: Path, model: Any, tokenizer: Any, limits: ModelLimits) -> Self:
+        """Weights that are in memory already."""
+        config, stop_tokens = model.config, _stop_tokens(model, tokenizer)
         return cls(
             path=path,
             model=model,
@@ -243,6 +254,7 @@ class _Loaded:
     def _row(self, request: _Request) -> Row | ModelCallError:
         prompt = self.tokenizer.apply_chat_template(
             [message.model_dump() for message in request.messages],
+            chat_template=self._template(request.adapter),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -262,6 +274,15 @@ class _Loaded:
             stream=random.Random(request.seed),
             constraint=self.schemas.constraint(request.schema) if request.schema is not None else None,
         )
+
+    def _template(self, adapter: Path | None) -> str:
+        """The chat template that an adapter was trained with, or the tokenizer's own."""
+        file = None if adapter is None else adapter / "chat_template.jinja"
+        if file is not None and file.is_file():
+            return file.read_text(encoding="utf-8")
+        if not self.tokenizer.chat_template:
+            raise ConfigError(f"local/{self.path}: its tokenizer has no chat template; add chat_template.jinja")
+        return str(self.tokenizer.chat_template)
 
     def _reply(self, row: Row) -> Reply:
         usage = Usage(calls=1, prompt_tokens=len(row.prompt), completion_tokens=len(row.tokens))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -63,10 +64,14 @@ def saver(model: PreTrainedModel | PeftModel, *adapters: str) -> Callable[[Path]
 
     Never with them the base's embeddings, which PEFT would add where a padding token made them longer.
     """
-    if not isinstance(model, PeftModel):
-        return model.save_pretrained
-    options = {"selected_adapters": list(adapters)} if adapters else {}
-    return lambda folder: model.save_pretrained(folder, save_embedding_layers=False, **options)
+    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    if adapters:
+        options["selected_adapters"] = list(adapters)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder, **options)
+
+    return save
 
 
 def template_of(adapter: Path) -> Path | None:

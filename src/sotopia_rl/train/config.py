@@ -186,7 +186,7 @@ class GRPOSettings(TrainerSettings):
     gate_min_spearman: float | None = Field(default=0.3, ge=-1, le=1)
     """Refuse a reward model whose held-out rank correlation is lower; None switches the gate off."""
     on_collapse: Literal["ignore", "warn", "stop"] = Field(default="stop")
-    """What to do when entropy or validity stays below its minimum for 5 steps in a row."""
+    """What to do when for 5 steps in a row entropy or validity is below its minimum, or all rewards are equal."""
     min_entropy: float = Field(default=0.01, ge=0)
     """In nats per token."""
     min_validity: float = Field(default=0.3, ge=0, le=1)

@@ -38,6 +38,7 @@ from sotopia_rl.train.data import encode_rows, length_report
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_tokenizer, training_session
 from sotopia_rl.train.processes import from_main
+from sotopia_rl.train.publish import conclude, publish
 from sotopia_rl.train.reward_report import check_gate
 from sotopia_rl.train.rollout import prepare_rollouts
 from sotopia_rl.train.trl_grpo import METRIC_NAMES, make_trainer
@@ -56,7 +57,10 @@ class Policy:
 
 
 EvalHook = Callable[[int, Policy], Mapping[str, float]]
-"""Called with the step and the policy; returns numbers for the metrics, `score` being what counts as better."""
+"""Called with the step and the policy; returns numbers for the metrics, `score` being what counts as better.
+
+Without `score` the weights of that step are not compared with others.
+"""
 
 
 def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input more
@@ -92,15 +96,16 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         TrainingError: An adapter belongs to another base, the policy collapsed before any weights were worth
             keeping, or the disk or the memory is full.
     """
-    inputs = fingerprints(
-        prompts=prompts,
-        base=base,
-        sft_adapter=sft_adapter,
-        reward_adapter=reward_adapter,
-        template=settings.template_path,
-    )
-    run = claim(out, "grpo", settings, inputs, resume=resume)
+    paths = {
+        "prompts": prompts,
+        "base": base,
+        "sft_adapter": sft_adapter,
+        "reward_adapter": reward_adapter,
+        "template": settings.template_path,
+    }
+    run = claim(out, "grpo", settings, fingerprints(**paths), resume=resume)
     if run.finished:
+        publish(run, run.path / "adapter", settings)
         return run.path / "adapter"
     check_gate(reward_adapter, settings.gate_min_spearman)
     check_base(reward_adapter, base)
@@ -125,15 +130,15 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         use_best = settings.keep == "best" or watch.collapsed
         adapter = write_result(run, "adapter", saver(model, POLICY), tokenizer, use_best=use_best)
         write_base_note(adapter, base)
-    run.finish(
-        {
-            "result": "adapter",
-            "steps": trainer.state.global_step,
-            "best_step": best_step(run),
-            "collapsed": watch.collapsed,
-            "data": length_report(encoded),
-        }
-    )
+    facts = {
+        "result": "adapter",
+        "steps": trainer.state.global_step,
+        "best_step": best_step(run),
+        "collapsed": watch.collapsed,
+        "data": length_report(encoded),
+        "episodes": len({row.episode_id for row in rows}),
+    }
+    conclude(run, adapter, settings, paths, facts)
     return adapter
 
 
@@ -175,6 +180,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
             values = {f"eval_{name}": value for name, value in found.items()}
             state.log_history.append({"step": state.global_step, **values})
             self.run.append_metrics(state.global_step, values)
+            if "score" not in found:  # the judge gave none, so nothing is known of these weights
+                return
         scores = self._scores(state.log_history)
         if scores and max(scores) == scores[-1] and scores.index(scores[-1]) == len(scores) - 1:
             metric = "reward" if self.eval_hook is None else "eval_score"

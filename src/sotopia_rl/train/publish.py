@@ -1,22 +1,45 @@
-"""Uploading a finished result to the Hugging Face hub, the one that `HF_ENDPOINT` names.
+"""What comes after the last step: the result's card, the mark that the run is over, the upload to the hub.
 
-It comes last, when everything is saved: an upload that fails loses nothing, and the same command tries it again.
+The upload, to the hub that `HF_ENDPOINT` names, comes last, when everything is saved: one that fails loses nothing, and
+the same command tries it again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from sotopia_rl.errors import MissingExtraError, TrainingError
+from sotopia_rl.train.card import write_card
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import RunFolder, read_json, write_json
+from sotopia_rl.train.processes import is_main
 
 
 def check_publishing(settings: TrainerSettings) -> None:
     """Raises MissingExtraError where the result is to be uploaded and the hub's client is not installed."""
     if settings.push_to_hub is not None and find_spec("huggingface_hub") is None:
         raise MissingExtraError("huggingface_hub", "hub")
+
+
+def conclude(
+    run: RunFolder, result: Path, settings: TrainerSettings, paths: Mapping[str, Path | None], facts: Mapping[str, Any]
+) -> None:
+    """Write the card into `result`, end the run with its `facts`, upload the result where that is asked for.
+
+    Args:
+        paths: What the run read, by the names of its claim.
+
+    Raises:
+        TrainingError: As `publish`.
+    """
+    read = {name: path for name, path in paths.items() if path is not None}
+    if is_main():
+        write_card(result, run, read, facts)
+    run.finish(facts)
+    publish(run, result, settings)
 
 
 def publish(run: RunFolder, result: Path, settings: TrainerSettings) -> None:
@@ -28,7 +51,7 @@ def publish(run: RunFolder, result: Path, settings: TrainerSettings) -> None:
         TrainingError: The hub cannot be reached or refuses; the result is safe on the disk.
     """
     repository, note = settings.push_to_hub, run.path / "published.json"
-    if repository is None or (note.is_file() and read_json(note)["repository"] == repository):
+    if repository is None or not is_main() or (note.is_file() and read_json(note)["repository"] == repository):
         return
     from huggingface_hub import HfApi, errors  # noqa: PLC0415 - the package is optional
 

@@ -39,6 +39,7 @@ from sotopia_rl.train.loading import (
     training_session,
 )
 from sotopia_rl.train.processes import is_main
+from sotopia_rl.train.publish import conclude, publish
 from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
 
@@ -67,9 +68,10 @@ def train_reward_model(
         ConfigError: The folder holds a run with other settings, or the device is missing.
         TrainingError: The disk or the memory is full.
     """
-    inputs = fingerprints(rows=rows, base=base, template=settings.template_path)
-    run = claim(out, "rm", settings, inputs, resume=resume)
+    paths = {"rows": rows, "base": base, "template": settings.template_path}
+    run = claim(out, "rm", settings, fingerprints(**paths), resume=resume)
     if run.finished:
+        publish(run, run.path / "adapter", settings)
         return run.path / "adapter"
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
@@ -105,15 +107,15 @@ def train_reward_model(
     if is_main():
         write_json(run.path / "report.json", report.model_dump())
         shutil.copy(run.path / "report.json", adapter / "report.json")
-    run.finish(
-        {
-            "result": "adapter",
-            "steps": trainer.state.global_step,
-            "best_step": best_step(run),
-            "data": length_report([*train_rows, *eval_rows]),
-            "held_out_rows": len(eval_rows),
-        }
-    )
+    facts = {
+        "result": "adapter",
+        "steps": trainer.state.global_step,
+        "best_step": best_step(run),
+        "data": length_report([*train_rows, *eval_rows]),
+        "episodes": len({row.episode_id for row in data}),
+        "held_out_rows": len(eval_rows),
+    }
+    conclude(run, adapter, settings, paths, facts)
     return adapter
 
 

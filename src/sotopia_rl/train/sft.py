@@ -21,6 +21,7 @@ from sotopia_rl.train.config import SFTSettings
 from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments, training_session
+from sotopia_rl.train.publish import conclude, publish
 
 METRIC_NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
 
@@ -50,10 +51,11 @@ def train_sft(
         ConfigError: The folder holds a run with other settings, or the device is missing.
         TrainingError: The disk or the memory is full.
     """
-    inputs = fingerprints(rows=rows, base=base, template=settings.template_path)
-    run = claim(out, "sft", settings, inputs, resume=resume)
+    paths = {"rows": rows, "base": base, "template": settings.template_path}
+    run = claim(out, "sft", settings, fingerprints(**paths), resume=resume)
     name = "model" if settings.tuning == "full" else "adapter"
     if run.finished:
+        publish(run, run.path / name, settings)
         return run.path / name
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
@@ -69,15 +71,15 @@ def train_sft(
         use_best = settings.keep == "best" and bool(eval_rows)
         target = write_result(run, name, saver(trainer.model), tokenizer, use_best=use_best)
         write_base_note(target, base)
-    run.finish(
-        {
-            "result": name,
-            "steps": trainer.state.global_step,
-            "best_step": best_step(run),
-            "data": length_report([*train_rows, *eval_rows]),
-            "held_out_rows": len(eval_rows),
-        }
-    )
+    facts = {
+        "result": name,
+        "steps": trainer.state.global_step,
+        "best_step": best_step(run),
+        "data": length_report([*train_rows, *eval_rows]),
+        "episodes": len({row.episode_id for row in data}),
+        "held_out_rows": len(eval_rows),
+    }
+    conclude(run, target, settings, paths, facts)
     return target
 
 

@@ -29,8 +29,9 @@ from sotopia_rl.train.batches import WeightPadding, weighted_rows
 from sotopia_rl.train.callbacks import Progress, Record, train_to_the_end, write_result
 from sotopia_rl.train.config import TinyModelSettings
 from sotopia_rl.train.data import encode_rows, length_report, reply_text
-from sotopia_rl.train.folder import claim, fingerprint
+from sotopia_rl.train.folder import claim, fingerprints
 from sotopia_rl.train.loading import device_of, trainer_arguments, training_session
+from sotopia_rl.train.publish import conclude, publish
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -72,8 +73,9 @@ def train_base(
         DataError: The rows cannot be read or do not fit.
         ConfigError: The folder holds a run with other settings.
     """
-    run = claim(out, "base", settings, {"rows": fingerprint(rows)}, resume=resume)
+    run = claim(out, "base", settings, fingerprints(rows=rows), resume=resume)
     if run.finished:
+        publish(run, run.path / "model", settings)
         return run.path / "model"
     with training_session(run, settings):
         data = list(read_rows(SFTRow, rows))
@@ -93,7 +95,14 @@ def train_base(
         )
         train_to_the_end(trainer, run, [Record(run, progress)])
         target = write_result(run, "model", model.save_pretrained, tokenizer, use_best=False)
-    run.finish({"model": "model", "parameters": model.num_parameters(), "data": length_report(encoded)})
+    facts = {
+        "result": "model",
+        "steps": trainer.state.global_step,
+        "parameters": model.num_parameters(),
+        "data": length_report(encoded),
+        "episodes": len({row.episode_id for row in data}),
+    }
+    conclude(run, target, settings, {"rows": rows}, facts)
     return target
 
 
