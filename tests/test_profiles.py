@@ -8,7 +8,7 @@ from sotopia_data import FOLDER, needs_sotopia_data
 from sotopia_data import profiles as published
 from sotopia_rl.episode import Match
 from sotopia_rl.errors import ConfigError, DataError
-from sotopia_rl.profiles import benchmark_ids, benchmarks, load_profiles, matches, selected_matches, train_and_held_out
+from sotopia_rl.profiles import benchmark_ids, benchmarks, load_profiles, matches, selected_matches, split_matches
 
 ANN = {"agent_id": "A1", "first_name": "Ann", "last_name": "O'Lee", "age": 30, "moral_values": ["Care", " Fairness"]}
 BEN = {
@@ -197,7 +197,7 @@ def test_the_benchmarks_have_the_published_numbers_of_matches(name, num_matches,
 
 @needs_sotopia_data
 def test_sotopia_hard_is_held_out_and_its_first_matches_are_those_of_the_paper():
-    train, held_out = train_and_held_out(FOLDER, train=400, held_out=28, seed=1)
+    train, _, held_out = split_matches(FOLDER, train=400, held_out=28, seed=1)
     hard = benchmark_ids("sotopia-hard")
     assert [m.id for m in held_out] == [m.id for m in matches(published(), hard, seeds=(1,))]
     assert not {m.scenario.id for m in train} & set(hard)
@@ -206,7 +206,7 @@ def test_sotopia_hard_is_held_out_and_its_first_matches_are_those_of_the_paper()
 
 
 def test_own_profiles_are_split_by_scenario_and_repeat_with_the_next_seed(tmp_path):
-    train, held_out = train_and_held_out(write(tmp_path), train=9, held_out=3, seed=4)
+    train, _, held_out = split_matches(write(tmp_path), train=9, held_out=3, seed=4)
     assert (len(train), len(held_out)) == (9, 3)
     assert len({m.scenario.id for m in train}) == len({m.scenario.id for m in held_out}) == 1
     assert train[0].scenario.id != held_out[0].scenario.id
@@ -218,4 +218,4 @@ def test_own_profiles_are_split_by_scenario_and_repeat_with_the_next_seed(tmp_pa
 def test_a_folder_of_one_scenario_cannot_be_split(tmp_path):
     folder = write(tmp_path, environment_profiles=[BARTER], env_agent_combo_storages=COMBOS[:2])
     with pytest.raises(DataError, match="none is left to train on"):
-        train_and_held_out(folder, train=1, held_out=1)
+        split_matches(folder, train=1, held_out=1)

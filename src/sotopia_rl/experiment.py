@@ -45,6 +45,8 @@ class WorldConfig(Config):
     """Matches played for training data."""
     held_out_matches: int = Field(default=40, gt=0)
     """Matches that every system plays in the evaluation, both seats counted."""
+    validation_matches: int = Field(default=0, ge=0)
+    """Matches the judge sees the policy play every `grpo.eval_every` steps; 0 leaves the judge out of training."""
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -56,6 +56,7 @@ class _Builder:
         self.run = run
         self.graph = Graph()
         self.judging = {"judge_model": experiment.judge_model, "judge": experiment.judge.key()}
+        self.panel = {"evaluate": _dump(experiment.evaluate), "simulate": _rules(experiment), **self.judging}
         self._data()
         self._models()
         self._evaluation()
@@ -101,16 +102,19 @@ class _Builder:
         reward = self._add("reward", steps.reward, _dump(e.reward), self.rated | credit, e)
         rows = self._add("rows", steps.rows, {}, self.rated | {"reward": reward}, e)
         rm = self._add("rm", steps.rm, _dump(e.rm), {"rows": rows, "base": self.base}, e)
-        inputs = {"rows": rows, "base": self.base, "sft": sft, "rm": rm}
-        return self._add("grpo", steps.grpo, _dump(e.grpo), inputs, e)
+        inputs = {"world": self.world, "simulate": self.rated["simulate"], "rows": rows}
+        inputs |= {"base": self.base, "sft": sft, "rm": rm}
+        settings = _dump(e.grpo)
+        if e.world.validation_matches:
+            settings |= {"validation": self.panel}
+        return self._add("grpo", steps.grpo, settings, inputs, e)
 
     def _evaluation(self) -> None:
         e = self.e
-        panel = {"evaluate": _dump(e.evaluate), "simulate": _rules(e), **self.judging}
         plays: dict[str, Stage] = {}
         for name, adapter in self.graph.systems.items():
             inputs = {"world": self.world, "base": self.base} | ({"adapter": adapter} if adapter else {})
-            plays[name] = self._add("play", steps.play, panel, inputs)
+            plays[name] = self._add("play", steps.play, self.panel, inputs)
         arms = list(e.arms)
         pairs = [("sft", "base"), *((arm, "sft") for arm in arms), *((arms[0], arm) for arm in arms[1:])]
         settings = {"comparisons": [list(pair) for pair in pairs], "notes": list(e.notes), "judge": e.judge_model}

@@ -166,12 +166,18 @@ def selected_matches(profiles: Profiles, name: str, *, seed: int = 0) -> list[Ma
     return matches(profiles, benchmark_ids(chosen.benchmark), combos=chosen.combos, seeds=seeds)
 
 
-def train_and_held_out(folder: Path, *, train: int, held_out: int, seed: int = 0) -> tuple[list[Match], list[Match]]:
-    """Matches to train on and matches to evaluate on, with no scenario (nor its wording) in common.
+def split_matches(
+    folder: Path, *, train: int, held_out: int, validation: int = 0, seed: int = 0
+) -> tuple[list[Match], list[Match], list[Match]]:
+    """Matches to train on, to look at while training, and to evaluate on: no two share a scenario.
 
     Held out are the scenarios of sotopia-hard that the folder has; a folder without any of them loses a fifth
-    of its scenarios to the held-out side, drawn by `seed`. Both lists play every scenario once, in both seats,
-    before any scenario's second combo, and start again with the next seed when all combos are used up.
+    of its scenarios to the held-out side, drawn by `seed`. No wording of theirs is left on the other sides. A tenth
+    of the rest, at least one, is for validation where any is asked for. Every list plays each of its scenarios once,
+    in both seats, before any scenario's second combo, and starts again with the next seed when all combos are used up.
+
+    Returns:
+        `train`, `validation` and `held_out` matches.
 
     Raises:
         DataError: As `load_profiles`, or nothing is left on one side.
@@ -183,10 +189,16 @@ def train_and_held_out(folder: Path, *, train: int, held_out: int, seed: int = 0
     apart = apart or rng.sample(playable, max(1, len(playable) // 5))
     told_apart = {profiles.scenarios[scenario_id].description for scenario_id in apart}
     rest = [i for i in playable if profiles.scenarios[i].description not in told_apart]
-    if not rest:
-        raise DataError(f"{folder}: all its scenarios are held out, none is left to train on; give it more scenarios")
     rng.shuffle(rest)
-    return _spread(profiles, rest, train, seed), _spread(profiles, apart, held_out, seed)
+    size = max(1, len(rest) // 10) if validation else 0
+    looked_at, trained_on = rest[len(rest) - size :], rest[: len(rest) - size]
+    if not trained_on:
+        raise DataError(f"{folder}: all its scenarios are held out, none is left to train on; give it more scenarios")
+    return (
+        _spread(profiles, trained_on, train, seed),
+        _spread(profiles, looked_at, validation, seed) if validation else [],
+        _spread(profiles, apart, held_out, seed),
+    )
 
 
 def _spread(profiles: Profiles, scenario_ids: Sequence[str], count: int, first_seed: int) -> list[Match]:

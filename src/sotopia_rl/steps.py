@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from sotopia_rl import profiles, sandbox, stages
 from sotopia_rl.attribute import COMPUTED, METHODS
@@ -37,12 +37,17 @@ from sotopia_rl.files import read_text, write_text
 from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest
+from sotopia_rl.monitor import judge_policy, secret_leaks
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.results import load_results
 from sotopia_rl.reward import Credited
+from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.stages import Watch
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
 from sotopia_rl.train.folder import read_metrics
+
+if TYPE_CHECKING:
+    from sotopia_rl.train.grpo import EvalHook, Policy
 
 T = TypeVar("T")
 Inputs = Mapping[str, Path]
@@ -88,21 +93,29 @@ def _store(folder: Path) -> Iterator[EpisodeStore]:
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def matches_of(world: WorldConfig) -> tuple[list[Match], list[Match]]:
-    """Training and held-out matches, with no scenario in common."""
+def matches_of(world: WorldConfig) -> tuple[list[Match], list[Match], list[Match]]:
+    """Training, validation and held-out matches, with no scenario in common."""
     if world.profiles is not None:
-        return profiles.train_and_held_out(
-            world.profiles, train=world.train_matches, held_out=world.held_out_matches, seed=world.seed
+        return profiles.split_matches(
+            world.profiles,
+            train=world.train_matches,
+            validation=world.validation_matches,
+            held_out=world.held_out_matches,
+            seed=world.seed,
         )
     families = world.families or sandbox.FAMILIES
-    train = sandbox.matches("train", world.train_matches, seed=world.seed, families=families)
-    return train, sandbox.matches("held_out", world.held_out_matches, seed=world.seed, families=families)
+    train, validation = sandbox.apart_matches(
+        "train", world.train_matches, world.validation_matches, seed=world.seed, families=families
+    )
+    return train, validation, sandbox.matches("held_out", world.held_out_matches, seed=world.seed, families=families)
 
 
 def world(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
-    train, held_out = matches_of(e.world)
+    train, validation, held_out = matches_of(e.world)
     Manifest(name=f"{e.name}-train", matches=tuple(train)).save(out / "train.json")
     Manifest(name=f"{e.name}-held-out", matches=tuple(held_out)).save(out / "held_out.json")
+    if validation:
+        Manifest(name=f"{e.name}-validation", matches=tuple(validation)).save(out / "validation.json")
 
 
 def simulate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -224,19 +237,61 @@ def rm(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     from sotopia_rl.train.grpo import train_grpo  # noqa: PLC0415
 
-    train_grpo(
-        inputs["rows"] / "reward.jsonl",
-        base_folder(inputs),
-        inputs["sft"] / "adapter",
-        inputs["rm"] / "adapter",
-        e.grpo,
-        out,
-        resume=True,
-        progress=_steps(run, "grpo"),
-    )
+    validation = inputs["world"] / "validation.json"
+    with ExitStack() as stack:
+        episodes = stack.enter_context(_store(inputs["simulate"])) if e.world.source == "sandbox" else None
+        train_grpo(
+            inputs["rows"] / "reward.jsonl",
+            base_folder(inputs),
+            inputs["sft"] / "adapter",
+            inputs["rm"] / "adapter",
+            e.grpo,
+            out,
+            resume=True,
+            progress=_steps(run, "grpo"),
+            eval_hook=_judging_hook(run, e, out, validation) if validation.is_file() else None,
+            leaks_secret=None if episodes is None else secret_leaks(episodes),
+        )
+
+
+def _judging_hook(run: Run, e: Experiment, out: Path, validation: Path) -> EvalHook:
+    """The judge's look at a policy in training."""
+    from sotopia_rl.llm.in_process import LocalBase, LocalModel  # noqa: PLC0415
+
+    matches = load_manifest(validation).matches
+
+    def look(step: int, policy: Policy) -> dict[str, float]:
+        base = LocalBase.around(policy.model, policy.tokenizer, out, run.limits)
+        model = LocalModel(f"local/{out.resolve()}/step-{step}", base)
+        with closing(open_store(out / "validation.db")) as store:
+            return _with_models(
+                run,
+                lambda pool: judge_policy(
+                    model,
+                    pool,
+                    store,
+                    matches,
+                    partners=_partners(e),
+                    judge=e.judge_model,
+                    sampling=Sampling(temperature=e.evaluate.temperature, max_tokens=e.evaluate.max_tokens),
+                    simulate=_panel_rules(e),
+                    judging=e.judge,
+                ),
+            )
+
+    return look
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
+
+
+def _partners(e: Experiment) -> list[AgentSpec]:
+    sampling = Sampling(temperature=e.cast.temperature, max_tokens=e.cast.max_tokens)
+    return [AgentSpec(model=name, sampling=sampling) for name in e.evaluate.partners]
+
+
+def _panel_rules(e: Experiment) -> SimulateConfig:
+    return e.simulate.model_copy(update={"constrain": e.evaluate.constrain})
 
 
 def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -245,16 +300,11 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     if "adapter" in inputs:
         model += f":{(inputs['adapter'] / 'adapter').resolve()}"
     panel = e.evaluate
-    partners = [
-        AgentSpec(model=name, sampling=Sampling(temperature=e.cast.temperature, max_tokens=e.cast.max_tokens))
-        for name in panel.partners
-    ]
     systems = stages.system_specs(
         model, temperature=panel.temperature, greedy=panel.greedy, max_tokens=panel.max_tokens
     )
-    pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, partners)]
+    pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, _partners(e))]
 
-    rules = e.simulate.model_copy(update={"constrain": panel.constrain})
     with _store(out) as store:
         _with_models(
             run,
@@ -264,7 +314,7 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
                 pairings,
                 e.judge_model,
                 tag="held-out",
-                simulate=rules,
+                simulate=_panel_rules(e),
                 judging=e.judge,
                 watch=run.watch,
             ),

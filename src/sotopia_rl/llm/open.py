@@ -132,6 +132,10 @@ class ModelPool:
             self._models[name] = self._open(name)
         return self._models[name]
 
+    def add(self, model: ChatModel) -> None:
+        """Make an open model known under its own name; the pool closes it with the others."""
+        self._models[model.name] = model
+
     def tallies(self) -> dict[str, Tally]:
         """Calls, tokens and cost by model string, failed calls included. Scripted models keep none."""
         found = {name: getattr(model, "tally", None) for name, model in self._models.items()}

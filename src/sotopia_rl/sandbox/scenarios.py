@@ -10,6 +10,7 @@ or a character falls on is decided by its hash.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -132,6 +133,16 @@ def matches(split: Split, count: int, *, seed: int = 0, families: Sequence[Famil
     if split not in ("train", "held_out"):
         raise ValueError(f"split {split!r} is neither 'train' nor 'held_out'")
     return [_match(split, index, seed, families) for index in range(count)]
+
+
+def apart_matches(
+    split: Split, count: int, further: int, *, seed: int = 0, families: Sequence[Family] = FAMILIES
+) -> tuple[list[Match], list[Match]]:
+    """`count` matches as `matches` gives them, and `further` ones that share no scenario with them."""
+    first = matches(split, count, seed=seed, families=families)
+    seen = {match.scenario.id for match in first}
+    later = (_match(split, index, seed, families) for index in itertools.count(count))
+    return first, list(itertools.islice((match for match in later if match.scenario.id not in seen), further))
 
 
 def _match(split: Split, index: int, seed: int, families: Sequence[Family]) -> Match:

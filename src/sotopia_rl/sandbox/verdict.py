@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sotopia_rl.episode import Match, Score, Seat, Turn, other
-from sotopia_rl.sandbox.play import Play, hear, points, replay
+from sotopia_rl.episode import Action, Match, Score, Seat, Turn, other
+from sotopia_rl.sandbox.play import Play, hear, points, replay, said
 from sotopia_rl.sandbox.scenarios import sides
 
 KNOWLEDGE_POINTS = {"hobby": 3, "want": 4, "limit": 5, "own_secret": 3, "hint": 3, "kept": 5}
@@ -101,6 +101,17 @@ def verdict(match: Match, turns: Sequence[Turn]) -> tuple[dict[str, Score], dict
         ValueError: The match is not from the offline world.
     """
     return judge(replay(sides(match), hear(turns)))
+
+
+def gives_away(match: Match, turns: Sequence[Turn], seat: Seat, action: Action) -> bool:
+    """Whether an action of `seat`, taken after `turns`, tells a limit or a secret of their own.
+
+    Raises:
+        ValueError: The match is not from the offline world.
+    """
+    now = len(turns)
+    play = replay(sides(match), (*hear(turns), said(now, seat, action)))
+    return any(f.turn == now and f.seat == seat and f.true and f.topic in LEAK_POINTS for f in play.facts)
 
 
 def judge(play: Play) -> tuple[dict[str, Score], dict[str, Score]]:
