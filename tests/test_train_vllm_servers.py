@@ -154,9 +154,7 @@ def test_a_folder_that_the_server_cannot_see_is_named(tmp_path: Path) -> None:
 def test_a_context_too_short_is_found_before_the_first_prompt() -> None:
     with FakeVLLM(max_model_len=512) as fake:
         servers(fake).check(512)
-        with pytest.raises(
-            RolloutError, match="takes sequences of 512 tokens, .* is 513; start it with --max-model-len"
-        ):
+        with pytest.raises(RolloutError, match=r"takes sequences of 512 tokens, .* is 513; start it with"):
             servers(fake).check(513)
 
 

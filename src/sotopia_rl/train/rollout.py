@@ -115,13 +115,13 @@ def _try_out(servers: VLLMServers, settings: GRPOSettings, adapter: Path, publis
 
 
 def _check_colocate(settings: GRPOSettings, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    if find_spec("vllm") is None:
-        raise MissingExtraError("vllm", "vllm")
     if settings.quantise != "none":
         raise ConfigError(
             "rollouts: vllm_colocate merges the adapter into the weights, which four-bit weights do not survive; "
             "use rollouts: vllm_server or in_process, or quantise: none"
         )
+    if find_spec("vllm") is None:
+        raise MissingExtraError("vllm", "vllm")
     if len(tokenizer) > (rows := int(read_json(base / "config.json").get("vocab_size", len(tokenizer)))):
         raise ConfigError(
             f"{base}: a padding token was added ({len(tokenizer)} tokens, {rows} rows of embeddings), and vLLM's copy "
