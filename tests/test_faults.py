@@ -179,6 +179,25 @@ def test_a_dead_endpoint_stops_the_command_with_one_line_and_stores_nothing_as_c
         assert stored.count(EpisodeQuery(status="completed")) == 0
 
 
+def test_a_dead_annotator_stops_the_command_which_says_what_was_not_tried(tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        annotator = f"custom/any@http://127.0.0.1:{free.getsockname()[1]}/v1"
+    where = ["--tag", "t", "--store", str(tmp_path / "e.db")]
+    people = ["--agent1", "scripted/fair", "--agent2", "scripted/hasty", "--judge", "scripted/judge"]
+    with pytest.raises(SystemExit) as played:
+        main(["simulate", "--manifest", "sandbox-train", "--count", "30", *people, *where])
+    assert played.value.code == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["annotate", "--annotator", annotator, "--concurrency", "4", "--backoff-seconds", "0.001", *where])
+    assert end.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("sotopia-rl: stopped after ")
+    assert "of 60 attributions" in last
+    assert "cannot connect" in last
+
+
 # Judges
 
 

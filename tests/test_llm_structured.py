@@ -7,9 +7,10 @@ from typing import Self
 import pytest
 
 from sotopia_rl.episode import Action, Sampling, Usage
-from sotopia_rl.errors import ReplyError
+from sotopia_rl.errors import ModelCallError, ReplyError
 from sotopia_rl.llm.structured import UnusableReply, ask, extract_json
 from sotopia_rl.models import Message, Reply
+from sotopia_rl.work import failure_of
 
 SAMPLING = Sampling(max_tokens=30)
 
@@ -101,3 +102,23 @@ def test_a_bug_in_a_parser_is_no_refusal():
 
 def test_unusable_reply_is_a_value_error():
     assert issubclass(UnusableReply, ValueError)
+
+
+def test_what_refused_replies_took_goes_with_the_error():
+    with pytest.raises(ReplyError) as refused:
+        asyncio.run(ask(said("no", "no"), "hello", extract_json, sampling=SAMPLING, max_attempts=2))
+    assert refused.value.usage == Usage(calls=2, prompt_tokens=4, completion_tokens=6)
+    assert failure_of(refused.value).usage.calls == 2
+
+
+def test_a_call_that_fails_after_a_refused_reply_takes_the_bill_with_it():
+    class Dying(Repeater):
+        async def complete(self, messages, sampling, *, seed=None, schema=None):
+            if self.asked:
+                raise ModelCallError("gone", model=self.name, kind="connection")
+            return await Repeater.complete(self, messages, sampling, seed=seed, schema=schema)
+
+    with pytest.raises(ModelCallError) as broken:
+        asyncio.run(ask(Dying(said("no").replies), "hello", extract_json, sampling=SAMPLING))
+    assert broken.value.usage == Usage(calls=1, prompt_tokens=2, completion_tokens=3)
+    assert failure_of(ModelCallError("x", model="m", kind="timeout")).usage == Usage()

@@ -203,6 +203,8 @@ class Failure(Record):
     message: str
     turn: int | None = None
     """Turn at which an episode failed."""
+    usage: Usage = Usage()
+    """What it took: replies that were refused are paid for."""
 
 
 class Episode(Record):
@@ -240,8 +242,8 @@ class Episode(Record):
 
     @property
     def usage(self) -> Usage:
-        """Summed over the turns."""
-        return sum((t.usage for t in self.turns), Usage())
+        """Summed over the turns, the one that failed included."""
+        return sum((t.usage for t in self.turns), self.failure.usage if self.failure else Usage())
 
 
 class Score(Record):

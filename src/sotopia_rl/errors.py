@@ -21,7 +21,10 @@ Anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from sotopia_rl.episode import Usage
 
 FailureKind = Literal[
     "timeout",
@@ -61,12 +64,14 @@ class ModelCallError(SotopiaRLError):
     Attributes:
         model: The model string.
         kind: The cause, for counting.
+        usage: What the attempts took whose replies were refused; None where there was no reply.
     """
 
     def __init__(self, message: str, *, model: str, kind: FailureKind) -> None:
         super().__init__(message)
         self.model = model
         self.kind: FailureKind = kind
+        self.usage: Usage | None = None
 
 
 class ReplyError(ModelCallError):

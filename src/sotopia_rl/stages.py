@@ -156,7 +156,7 @@ async def judge_into(
         if isinstance(outcome, Failure):
             last = outcome
             target.add_failure("judge", f"{episode.id}/{judge.name}", outcome)
-            tally.add(outcome, Usage())
+            tally.add(outcome, outcome.usage)
         else:
             target.add_rating(outcome)
             tally.add(None, outcome.provenance.usage)
@@ -212,23 +212,33 @@ async def annotate_into(
     """
     name = annotator_name(annotator, config)
     present = set() if again else target.attributed(method=config.label, annotator=name)
-    tally = Tally("attributions", total=2 * total)
+    tally = Tally("attributions", total=2 * total * (1 if config.together else len(config.dimensions)))
     watch(tally)
+    last, all_tried = Failure(kind="cancelled", message="stopped"), False
+
+    def source() -> Iterator[tuple[Episode, Rating]]:
+        nonlocal all_tried
+        yield from rated
+        all_tried = True
 
     def done(key: AttributionKey) -> bool:
         return (key.episode_id, key.seat, key.dimension) in present
 
-    async for item, outcome in attribute_all(rated, annotator, config, limit=limit, done=done):
+    async for item, outcome in attribute_all(source(), annotator, config, limit=limit, done=done):
         item_id = f"{item.episode.id}/{item.seat}/{','.join(item.dimensions)}/{config.label}/{name}"
         if isinstance(outcome, Failure):
             target.add_failure("annotate", item_id, outcome)
-            tally.add(outcome, Usage())
+            last = outcome
+            tally.add(outcome, outcome.usage)
         else:
             target.add_attributions(outcome)
             target.delete_failures("annotate", [item_id])
             tally.add(None, sum((a.provenance.usage for a in outcome), Usage()))
         watch(tally)
-    tally.skipped = tally.total - tally.done
+    if all_tried:
+        tally.skipped = tally.total - tally.done
+    else:
+        tally.stopped = last.message
     return tally
 
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
-from sotopia_rl.episode import Failure
+from sotopia_rl.episode import Failure, Usage
 from sotopia_rl.errors import BudgetError, EndpointDownError, ModelCallError
 
 Item = TypeVar("Item")
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 def failure_of(error: ModelCallError, *, turn: int | None = None) -> Failure:
     """The record of a failed model call."""
-    return Failure(kind=error.kind, message=str(error), turn=turn)
+    return Failure(kind=error.kind, message=str(error), turn=turn, usage=error.usage or Usage())
 
 
 async def bounded(

@@ -220,7 +220,7 @@ def annotate(
                     episodes.rated(query, judge=judge),
                     episodes,
                     pool.get(annotator) if annotator and METHODS[chosen.method].asks else None,
-                    total=episodes.count(query),
+                    total=len(episodes.rated_ids(judge).intersection(episodes.ids(query))),
                     config=chosen,
                     limit=concurrency,
                     watch=watch,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from sotopia_rl import __version__
 from sotopia_rl.episode import Provenance, Sampling, Usage, sha256_text
-from sotopia_rl.errors import ReplyError
+from sotopia_rl.errors import ModelCallError, ReplyError
 from sotopia_rl.llm.extract import UnusableReply, extract_json
 from sotopia_rl.models import ChatModel, JsonSchema, Message, Reply
 
@@ -75,7 +75,11 @@ async def ask(
     usage, replies, problem = _NO_USAGE, [], ""
     for attempt in range(max_attempts):
         attempt_seed = None if seed is None else seed + attempt
-        reply = await model.complete(messages, sampling, seed=attempt_seed, schema=schema)
+        try:
+            reply = await model.complete(messages, sampling, seed=attempt_seed, schema=schema)
+        except ModelCallError as error:
+            error.usage = usage if attempt else None
+            raise
         usage = usage + reply.usage if attempt else reply.usage
         replies.append(reply.text)
         try:
@@ -85,11 +89,13 @@ async def ask(
             messages = _ask_again(first, reply.text, problem)
             continue
         return Answer(value=value, text=reply.text, prompt=prompt, attempts=attempt + 1, usage=usage)
-    raise ReplyError(
+    refused = ReplyError(
         f"{model.name}: no usable reply in {max_attempts} attempts; the last: {problem}",
         model=model.name,
         replies=tuple(replies),
     )
+    refused.usage = usage
+    raise refused
 
 
 def _parsed(reply: Reply, parse: Callable[[str], T], sampling: Sampling) -> T:
