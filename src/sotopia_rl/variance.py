@@ -57,25 +57,33 @@ def _alike(values: Floats, columns: Sequence[Ints]) -> tuple[float, int]:
 
 
 def jackknife(
-    estimate: Callable[[npt.NDArray[np.bool_]], float | None], clusters: Sequence[str], *, confidence: float = 0.95
-) -> tuple[float, float] | None:
-    """Interval of an estimate from leaving out one cluster at a time, with a t quantile of J - 1.
+    estimates: Callable[[npt.NDArray[np.bool_]], Mapping[str, float | None]],
+    clusters: Sequence[str],
+    *,
+    confidence: float = 0.95,
+) -> dict[str, tuple[float, float] | None]:
+    """Intervals from leaving out one cluster at a time, with a t quantile of J - 1.
 
     Args:
-        estimate: From which observations count, [N], to the number; None where it does not exist.
+        estimates: From which observations count, [N], to numbers by name; None where one does not exist.
 
     Returns:
-        None with fewer than three clusters, or where the estimate does not exist without one of them.
+        By name; None with fewer than three clusters, or where the number does not exist without one of them.
     """
     index = cluster_index(clusters)
     count = int(index.max()) + 1
-    whole = estimate(np.ones(len(index), dtype=bool))
-    if count < 3 or whole is None:
-        return None
-    without = [estimate(index != j) for j in range(count)]
-    left = np.array([value for value in without if value is not None])
-    if len(left) < count:
-        return None
-    error = math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
-    half = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * error
-    return whole - half, whole + half
+    whole = estimates(np.ones(len(index), dtype=bool))
+    if count < 3:
+        return dict.fromkeys(whole)
+    without = [estimates(index != j) for j in range(count)]
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, count - 1))
+
+    def interval(name: str) -> tuple[float, float] | None:
+        value, left = whole[name], [found[name] for found in without]
+        if value is None or any(number is None for number in left):
+            return None
+        spread = np.array(left, dtype=np.float64)
+        half = quantile * math.sqrt((count - 1) / count * float(((spread - spread.mean()) ** 2).sum()))
+        return value - half, value + half
+
+    return {name: interval(name) for name in whole}

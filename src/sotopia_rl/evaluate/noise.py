@@ -105,6 +105,14 @@ class _Differences:
     def many(self, factor: str) -> bool:
         return bool(self.labels[factor].max() > 0)
 
+    @property
+    def replicated(self) -> bool:
+        """Whether any scenario was played more than once against one partner."""
+        return (
+            half_squared_difference(self.values, self.labels, same=("scenario", "partner"), different=("pair",))
+            is not None
+        )
+
 
 def spread(
     a_and_b: Mapping[str, tuple[Cell, Cell]], scenario_of: Mapping[str, str], metric: str, *, confidence: float
@@ -121,16 +129,17 @@ def spread(
     if data is None:
         return None
     first, second = next(iter(a_and_b.values()))
-    whole = _components(data, np.ones(len(data.values), dtype=bool))
-    components = []
-    for source, value in whole.items():
-        ends = jackknife(
-            lambda kept, source=source: _components(data, kept)[source],  # type: ignore[misc]
-            data.scenarios,
-            confidence=confidence,
+    ends = jackknife(lambda kept: _components(data, kept), data.scenarios, confidence=confidence)
+    components = [
+        Component(
+            source=source,
+            variance=value,
+            low=None if (between := ends[source]) is None else between[0],
+            high=None if between is None else between[1],
+            note=_note(source, data),
         )
-        low, high = ends if ends is not None and value is not None else (None, None)
-        components.append(Component(source=source, variance=value, low=low, high=high, note=_note(source, data)))
+        for source, value in _components(data, np.ones(len(data.values), dtype=bool)).items()
+    ]
     return Spread(
         system_a=first.system,
         system_b=second.system,
@@ -202,7 +211,10 @@ def _components(data: _Differences, kept: npt.NDArray[np.bool_]) -> dict[str, fl
         "judge": judge,
         "judge x conversation": _minus(taste, noise) if noise is not None and many_judges else taste,
         "judge noise": noise,
-        "conversation": _minus(near, taste if many_judges else noise or 0.0),
+        "conversation": _minus(
+            near if data.replicated else _minus(far, scenario or 0.0, partner or 0.0),
+            taste if many_judges else noise or 0.0,
+        ),
     }
 
 
@@ -214,15 +226,26 @@ def _minus(first: float | None, *others: float | None) -> float | None:
 
 def _note(source: str, data: _Differences) -> str:
     """What a reader must know of an estimate, or why there is none."""
-    repeated = not bool(np.isnan(data.noise).all())
+    judges, partners, repeated = data.many("judge"), data.many("partner"), not bool(np.isnan(data.noise).all())
+    once = "" if data.replicated else "every scenario once per partner: inside conversation"
+    inside_scenario = "" if partners else "one partner: inside scenario"
     notes = {
-        "scenario": "" if data.many("partner") else "one partner: holds what depends on scenario and partner",
+        "scenario": "" if partners else once or "one partner: holds what depends on scenario and partner",
         "partner": _of_few(data, "partner"),
-        "scenario x partner": "" if data.many("partner") else "one partner: inside scenario",
+        "scenario x partner": once or inside_scenario,
         "judge": _of_few(data, "judge"),
-        "judge x conversation": _taste_note(repeated=repeated, many=data.many("judge")),
-        "judge noise": "" if repeated else "no episode was judged twice: not apart (--repeat-judge)",
-        "conversation": "" if data.many("judge") or repeated else "holds the judge's noise",
+        "judge x conversation": ("" if repeated else "holds the judges' own noise")
+        if judges
+        else "one judge: cannot be told",
+        "judge noise": "" if repeated else "no episode was judged twice: not apart (--repeat-judge 2)",
+        "conversation": "; ".join(
+            note
+            for note in (
+                "" if judges or repeated else "holds the judge's noise",
+                "" if data.replicated else "every scenario once per partner: holds what depends on both",
+            )
+            if note
+        ),
     }
     return notes[source]
 
@@ -232,12 +255,6 @@ def _of_few(data: _Differences, factor: str) -> str:
     if count == 1:
         return f"one {factor}: cannot be told"
     return f"{count} {factor}s: speaks of these, hardly of others" if count < 6 else ""
-
-
-def _taste_note(*, repeated: bool, many: bool) -> str:
-    if not many:
-        return "one judge: cannot be told"
-    return "" if repeated else "holds the judges' own noise"
 
 
 def spreads(
