@@ -62,6 +62,7 @@ app.command(data)
 
 serve = App(name="serve", help="Serve policies over HTTP.", group=_SERVE)
 for _name, (_function, _help) in {
+    "best-of-n": ("serve_best_of_n", "The reply of N that a reward model likes best, as an OpenAI-compatible server."),
     "vllm": ("serve_vllm", "A base with LoRA adapters on vLLM: print the command, or run it."),
 }.items():
     serve.command(f"sotopia_rl.commands.serving:{_function}", name=_name, help=_help)

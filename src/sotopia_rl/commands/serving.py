@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from cyclopts.types import ExistingFile
 from rich.markup import escape
 
 from sotopia_rl.commands.options import resolve
+from sotopia_rl.config import parse_config
 from sotopia_rl.console import err, out
 from sotopia_rl.errors import ConfigError
+from sotopia_rl.serve.best_of_n import BestOfNSettings
 from sotopia_rl.serve.vllm_command import VLLMSettings, Watch
 
 
@@ -63,6 +66,49 @@ def serve_vllm(
             out.print(server.model(name), soft_wrap=True, markup=False)
         err.print(f"vLLM answers; its output is in {server.log}; Ctrl-C stops it", soft_wrap=True, markup=False)
         server.wait()
+
+
+def serve_best_of_n(
+    *,
+    policy: str,
+    reward_model: str,
+    n: Annotated[int | None, Parameter(name="-n")] = None,
+    base: str | None = None,
+    config: ExistingFile | None = None,
+    settings: Annotated[BestOfNSettings, Parameter(name="*")] = BestOfNSettings(),  # noqa: B008  frozen
+) -> None:
+    """Serve the best of N replies of a policy, chosen by a reward model, until Ctrl-C.
+
+    SOTOPIA_RL_SERVER_KEY in the environment is the key that clients must send; without it everybody may ask.
+
+    Parameters
+    ----------
+    policy
+        Model string of the policy.
+    reward_model
+        Reward adapter as `sotopia-rl rm` writes it, the folder of a sequence classifier, or custom/NAME@URL of a
+        vLLM pooling server (`serve vllm --task reward`).
+    n
+        Replies asked of the policy per request; the same as --candidates.
+    base
+        Base of the reward adapter (model folder, or `smollm2`), where it is not the one noted beside the adapter;
+        needed with a pooling server, for the tokenizer.
+    config
+        YAML file with any of the settings below.
+    """
+    from sotopia_rl.serve.run import KEY_VARIABLE, run_best_of_n
+
+    chosen = resolve(settings, config)
+    if n is not None:
+        chosen = parse_config(BestOfNSettings, chosen.model_dump() | {"candidates": n}, where="-n")
+
+    def ready(name: str) -> None:
+        out.print(name, soft_wrap=True, markup=False)
+        if chosen.host not in {"127.0.0.1", "localhost", "::1"} and not os.environ.get(KEY_VARIABLE):
+            err.print(f"everybody who reaches {chosen.host} may ask; set {KEY_VARIABLE} to ask for a key")
+
+    with suppress(KeyboardInterrupt):
+        run_best_of_n(policy, reward_model, chosen, base=Path(base) if base else None, ready=ready)
 
 
 def named_adapters(texts: list[str]) -> dict[str, Path]:

@@ -229,27 +229,37 @@ def load_adapter(url: str, name: str, path: Path, *, timeout_seconds: float = 12
         ServingError: The server does not answer or refuses; its words are in the message.
     """
     body = {"lora_name": name, "lora_path": str(path.resolve()), "load_inplace": True}
-    _post(url, "load_lora_adapter", body, timeout_seconds)
+    post_json(url, "load_lora_adapter", body, timeout_seconds)
 
 
 def unload_adapter(url: str, name: str, *, timeout_seconds: float = 120.0) -> None:
     """Have a running vLLM server forget an adapter. Errors as `load_adapter`."""
-    _post(url, "unload_lora_adapter", {"lora_name": name}, timeout_seconds)
+    post_json(url, "unload_lora_adapter", {"lora_name": name}, timeout_seconds)
 
 
-def _post(url: str, call: str, body: Mapping[str, Any], timeout_seconds: float) -> None:
+def post_json(url: str, call: str, body: Mapping[str, Any], timeout_seconds: float) -> Any:
+    """What a server answers; None where it is no JSON. The key for the server comes from the environment.
+
+    Raises:
+        ServingError: It does not answer or refuses; its words are in the message.
+    """
     headers = {"Content-Type": "application/json"}
     if (key := read_key(key_variable(url))) is not None:
         headers["Authorization"] = f"Bearer {key}"
     data = json.dumps(body).encode()
     request = urllib.request.Request(f"{url.rstrip('/')}/{call}", data=data, headers=headers)  # noqa: S310  http(s) only
+    about = f"{url}: {call} {body.get('lora_name') or body.get('model')!r}"
     try:
-        with urllib.request.urlopen(request, timeout=timeout_seconds):  # noqa: S310
-            return
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as response:  # noqa: S310
+            raw = response.read()
     except urllib.error.HTTPError as error:
-        raise ServingError(f"{url}: {call} {body['lora_name']!r}: HTTP {error.code}: {_words(error)}") from None
+        raise ServingError(f"{about}: HTTP {error.code}: {_words(error)}") from None
     except OSError as error:
-        raise ServingError(f"{url}: {call} {body['lora_name']!r}: no answer ({error})") from None
+        raise ServingError(f"{about}: no answer ({error})") from None
+    try:
+        return json.loads(raw)
+    except ValueError:  # vLLM answers changes of adapters with a sentence
+        return None
 
 
 def _words(error: urllib.error.HTTPError) -> str:

@@ -1,0 +1,142 @@
+"""A reward model in this process, loaded on its own: an adapter with its base, or a whole classifier.
+
+An adapter is merged into its base: a forward pass then costs what the base's does. Letters: B rows, T tokens,
+D outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.models import Message
+from sotopia_rl.serve.scoring import ChatEncoder, Scores
+from sotopia_rl.serve.vllm_command import reward_outputs
+from sotopia_rl.train.adapters import check_base
+from sotopia_rl.train.batches import padded_inputs
+from sotopia_rl.train.config import TrainerSettings
+from sotopia_rl.train.folder import read_json
+from sotopia_rl.train.loading import load_base, load_tokenizer
+from sotopia_rl.train.reward_model import load_classifier
+
+
+@dataclass(eq=False)
+class LocalRewardModel:
+    """A `RewardModel` on this machine's CPU or GPU."""
+
+    model: Any
+    encoder: ChatEncoder
+    outputs: tuple[str, ...]
+    pad_token_id: int
+    max_batch_tokens: int
+
+    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
+        return self.encoder(prompt, replies)
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        scores: list[Scores] = [()] * len(sequences)
+        for part in _parts([len(ids) for ids in sequences], self.max_batch_tokens):
+            batch = padded_inputs([sequences[index] for index in part], self.pad_token_id)
+            logits_BD = self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).logits
+            for index, row in zip(part, logits_BD.float().tolist(), strict=True):
+                scores[index] = tuple(row)
+        return scores
+
+
+def _parts(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices by growing length, in parts of at most `max_tokens` with their padding, one sequence at least."""
+    part: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (len(part) + 1) * lengths[index] > max_tokens:
+            yield part
+            part = []
+        part.append(index)
+    if part:
+        yield part
+
+
+def load_reward_model(
+    path: Path,
+    *,
+    base: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    max_length: int = 4096,
+    max_batch_tokens: int = 32_768,
+) -> LocalRewardModel:
+    """A reward model ready to score.
+
+    Args:
+        path: The adapter that `rm` wrote, or the folder of a sequence classifier.
+        base: Of the adapter; the one that is noted beside it by default.
+        max_length: Longest prompt and reply in tokens; less where the model's context is shorter.
+
+    Raises:
+        DataError: A folder is missing or holds something else.
+        ConfigError: The base is unknown, or there is no GPU where one is asked for.
+        TrainingError: The adapter belongs to another base.
+    """
+    settings = TrainerSettings(device=device, dtype=dtype)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; give the adapter that `sotopia-rl rm` wrote")
+    if (path / "adapter_config.json").is_file():
+        model, tokenizer = _load_adapter(path, base or adapter_base(path), settings)
+    else:
+        model, tokenizer = _load_whole(path, settings)
+    context = getattr(model.config, "max_position_embeddings", None) or max_length
+    return LocalRewardModel(
+        model=model,
+        encoder=ChatEncoder(tokenizer, min(max_length, context)),
+        outputs=output_names(path, model.config.num_labels),
+        pad_token_id=tokenizer.pad_token_id,
+        max_batch_tokens=max_batch_tokens,
+    )
+
+
+def _load_adapter(path: Path, base: Path, settings: TrainerSettings) -> tuple[Any, PreTrainedTokenizerBase]:
+    outputs = reward_outputs(path)
+    tokenizer = load_tokenizer(base)
+    check_base(path, base)
+    classifier = load_classifier(base, tokenizer, settings, outputs=outputs)
+    return PeftModel.from_pretrained(classifier, path).merge_and_unload().eval(), tokenizer
+
+
+def _load_whole(path: Path, settings: TrainerSettings) -> tuple[Any, PreTrainedTokenizerBase]:
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path}: neither an adapter (adapter_config.json) nor a model (config.json)")
+    kinds = read_json(path / "config.json").get("architectures") or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        raise DataError(f"{path}: a {', '.join(kinds) or 'model of no known kind'}, not a reward model (no score head)")
+    tokenizer = load_tokenizer(path)
+    return load_base(path, tokenizer, settings, model_class=AutoModelForSequenceClassification).eval(), tokenizer
+
+
+def adapter_base(path: Path) -> Path:
+    """The base that is noted beside an adapter.
+
+    Raises:
+        ConfigError: None is, or it is not there any more.
+    """
+    note = path / "base.json"
+    recorded = read_json(note)["path"] if note.is_file() else None
+    name = recorded or read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not name or not Path(name).is_dir():
+        raise ConfigError(f"{path}: its base {name or 'is not noted and'} is not there; name the folder with --base")
+    return Path(name)
+
+
+def output_names(path: Path, count: int) -> tuple[str, ...]:
+    """Names of the outputs, from the report beside the reward model if there is one."""
+    report = path / "report.json"
+    names = tuple(str(output["name"]) for output in read_json(report)["outputs"]) if report.is_file() else ()
+    if len(names) == count:
+        return names
+    return ("value",) if count == 1 else tuple(f"output_{index}" for index in range(count))

@@ -1,0 +1,221 @@
+"""Scoring of replies by a reward model, batched over whoever is waiting.
+
+A reward model here is blocking code with two methods; `Batcher` makes it serve many tasks at once. One thread does
+all the work, so that a batch grows while the one before it is scored. No torch here: the model in this process is
+in `reward_model.py`, the one on a vLLM server below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from sotopia_rl.errors import ServingError
+from sotopia_rl.models import Message
+from sotopia_rl.serve.vllm import post_json
+from sotopia_rl.train.data import Tokenizer, completion_token_ids, prompt_token_ids
+
+Scores = tuple[float, ...]
+"""One number per output of the reward model, 0..1 if it was trained here."""
+
+
+class TooLongError(ServingError):
+    """A prompt and reply that the reward model has no room for: the caller's to shorten, not a failure of ours."""
+
+
+class RewardModel(Protocol):
+    """Scores token ids; `outputs` names the numbers it gives. Both methods block, and are called from one thread."""
+
+    outputs: tuple[str, ...]
+
+    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
+        """Prompt and reply ids, one list per reply. Raises `TooLongError`."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        """Scores at each sequence's last token. Raises `ServingError` where the model cannot be had."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChatEncoder:
+    """Token ids as in training: the chat template's up to the reply, the reply's, one end token.
+
+    Raises `TooLongError` where they are more than `max_length`: a reward model sees the end of a reply or nothing.
+    """
+
+    tokenizer: Tokenizer
+    max_length: int
+
+    def __call__(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
+        before = prompt_token_ids(self.tokenizer, prompt)
+        sequences = [before + completion_token_ids(self.tokenizer, reply) for reply in replies]
+        longest = max(map(len, sequences))
+        if longest > self.max_length:
+            raise TooLongError(
+                f"prompt and reply have {longest} tokens, the prompt alone {len(before)}; the reward model takes "
+                f"{self.max_length}"
+            )
+        return sequences
+
+
+@dataclass(eq=False)
+class PoolingServer:
+    """A reward model on a vLLM pooling server (`serve vllm --task reward`); the tokenizer is here, ids are sent.
+
+    Attributes:
+        url: Of the server, `/v1` included.
+        name: What the server calls the reward adapter.
+    """
+
+    url: str
+    name: str
+    encode: Callable[[Sequence[Message], Sequence[str]], list[list[int]]]
+    outputs: tuple[str, ...]
+    timeout_seconds: float = 60.0
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+        body = {"model": self.name, "input": [list(ids) for ids in sequences], "use_activation": False}
+        answer = post_json(self.url.removesuffix("/v1"), "pooling", body, self.timeout_seconds)
+        try:
+            by_index: dict[int, list[float]] = {int(entry["index"]): entry["data"] for entry in answer["data"]}
+            return [tuple(map(float, by_index[index])) for index in range(len(sequences))]
+        except (KeyError, TypeError, ValueError):
+            raise ServingError(f"{self.url}: the answer of /pooling holds no scores; is it a pooling server?") from None
+
+
+@dataclass(eq=False)
+class _Waiting:
+    prompt: Sequence[Message]
+    replies: Sequence[str]
+    future: asyncio.Future[list[Scores]]
+
+
+class Batcher:
+    """Scores replies for many tasks: one batch at a time, made of whatever is waiting.
+
+    async with Batcher(model) as scorer:
+        scores = await scorer.score(prompt, replies)
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        *,
+        max_batch: int = 256,
+        wait_seconds: float = 0.002,
+        observe: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """Nothing is started before the `async with`.
+
+        Args:
+            max_batch: Replies in one batch; requests are not divided, so one request may exceed it.
+            wait_seconds: How long a batch that is not full waits for more, once something is there.
+            observe: Told, after each batch, how many replies it held and the seconds it took.
+        """
+        self.model = model
+        self.max_batch = max_batch
+        self.wait_seconds = wait_seconds
+        self._observe = observe
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
+        self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def depth(self) -> int:
+        """Replies that wait for a batch."""
+        return sum(len(request.replies) for request in self._waiting)
+
+    async def score(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Scores]:
+        """Scores of replies to one prompt, in order.
+
+        Raises:
+            TooLongError: The reward model has no room for them.
+            ServingError: It cannot be had, gave something that is no number, or the batcher is closed.
+        """
+        if self._worker is None or self._worker.done():
+            raise ServingError("the reward model is not running")
+        request = _Waiting(prompt, replies, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        self._arrived.set()
+        return await request.future
+
+    async def __aenter__(self) -> Self:
+        self._worker = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._worker is not None, "not entered"
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+        for request in self._waiting:
+            _fail(request, ServingError("the server is shutting down"))
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            if self.wait_seconds and self.depth < self.max_batch:
+                await asyncio.sleep(self.wait_seconds)
+            batch = self._next_batch()
+            if not batch:
+                continue
+            start = loop.time()
+            results = await loop.run_in_executor(self._thread, self._run, batch)
+            for request, result in zip(batch, results, strict=True):
+                if isinstance(result, Exception):
+                    _fail(request, result)
+                elif not request.future.done():
+                    request.future.set_result(result)
+            if self._observe is not None:
+                self._observe(sum(len(request.replies) for request in batch), loop.time() - start)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """The oldest requests that somebody still waits for, as many as fit."""
+        alive = [request for request in self._waiting if not request.future.done()]
+        batch: list[_Waiting] = []
+        size = 0
+        for request in alive:
+            if batch and size + len(request.replies) > self.max_batch:
+                break
+            batch.append(request)
+            size += len(request.replies)
+        self._waiting = alive[len(batch) :]
+        if not self._waiting:
+            self._arrived.clear()
+        return batch
+
+    def _run(self, batch: Sequence[_Waiting]) -> list[list[Scores] | Exception]:
+        """In the thread: what each request of a batch gets. Equal sequences are scored once."""
+        encoded = [self._encode(request) for request in batch]
+        distinct = {tuple(ids) for part in encoded if isinstance(part, list) for ids in part}
+        try:
+            scores = self._score(sorted(distinct, key=lambda ids: (len(ids), ids)))
+        except Exception as error:  # noqa: BLE001 - carried over to the tasks that wait
+            return [part if isinstance(part, Exception) else error for part in encoded]
+        return [part if isinstance(part, Exception) else [scores[tuple(ids)] for ids in part] for part in encoded]
+
+    def _encode(self, request: _Waiting) -> list[list[int]] | Exception:
+        try:
+            return self.model.encode(request.prompt, request.replies)
+        except Exception as error:  # noqa: BLE001 - this request's alone, and carried over to its task
+            return error
+
+    def _score(self, sequences: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Scores]:
+        if not sequences:
+            return {}
+        found = dict(zip(sequences, self.model.score(sequences), strict=True))
+        if not all(math.isfinite(number) for scores in found.values() for number in scores):
+            raise ServingError("the reward model gave something that is no number")
+        return found
+
+
+def _fail(request: Any, error: Exception) -> None:
+    if not request.future.done():
+        request.future.set_exception(error)
