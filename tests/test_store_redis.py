@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,39 @@ def test_what_the_real_sotopia_wrote_comes_back_here_whole(server, db, tmp_path)
     ids = [d["episode_id"] for d in documents]
     oracle(server, "read", "sample_mock_0.1.4", tmp_path / "theirs.jsonl", *ids)
     assert (tmp_path / "theirs.jsonl").read_text(encoding="utf-8").splitlines() == lines
+
+
+@pytest.mark.slow
+def test_the_command_line_and_the_papers_script_move_episodes_through_a_real_redis(server, tmp_path):
+    with open_store(tmp_path / "ours.db") as ours:
+        ours.add_episodes([episode(1, tag="t"), episode(2, tag="t"), episode(3, tag="t", failure=FAILURE)])
+        ours.add_ratings(rating(episode(n, tag="t")) for n in (1, 2))
+
+    def run(*words):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "REDIS_OM_URL": server},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    episodes = ("-m", "sotopia_rl.cli", "episodes")
+    run(*episodes, "export", server, "--store", tmp_path / "ours.db", "--tag", "t")
+    listed = run(*episodes, "list", "--store", server, "--tag", "t")
+    assert episode(1).id[-6:] in listed
+    script = Path(__file__).parents[1] / "scripts/data_process/serialize.py"
+    run(script, "--tag", "t", "--output_file", tmp_path / "by_tag.jsonl")
+    run(script, "--pk", episode(2, tag="t").id, "--output_file", tmp_path / "by_key.jsonl")
+    by_tag, by_key = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("by_tag", "by_key"))
+    assert sorted(json.loads(line)["episode_id"] for line in by_tag) == [episode(n, tag="t").id for n in (1, 2)]
+    assert by_key == [line for line in by_tag if episode(2, tag="t").id in line]
+    run(*episodes, "import", server, "--store", tmp_path / "back.db")
+    with open_store(tmp_path / "back.db") as back, open_store(tmp_path / "ours.db") as ours:
+        assert list(back.episodes()) == list(ours.episodes())
+        assert list(back.ratings()) == list(ours.ratings())
 
 
 def their_profiles(documents):

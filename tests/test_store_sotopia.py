@@ -176,8 +176,11 @@ def test_what_a_log_cannot_hold_is_left_out_and_not_written_as_something_else():
 @pytest.mark.parametrize(
     ("group", "cause"),
     [
-        ([["a", "b", "x"]], "exactly one action"),
-        ([["Environment", "A", ""], ["Environment", "B", ""], ["A", "Environment", "left"]], "exactly one action"),
+        ([["Environment", "A", "x"]], "exactly one action"),
+        (
+            [["Environment", "A", ""], ["Environment", "B", ""], ["Ann", "Environment", "left"]],
+            "a turn of an unknown speaker, 'Ann'",
+        ),
     ],
 )
 def test_a_turn_that_is_none_is_left_out_with_its_cause(group, cause):

@@ -169,6 +169,8 @@ def _turns(log: _Log, names: tuple[str, str]) -> tuple[Turn, ...]:
     for index, group in enumerate(log.messages):
         if len(group) == 2 and index == len(log.messages) - 1:
             break  # the observations after the last turn
+        if strangers := [sender for sender, _, _ in group if sender not in (*names, "Environment")]:
+            raise LeftOutError(log.pk, f"a turn of an unknown speaker, {strangers[0]!r}")
         if [(s, r) for s, r, _ in group[2:]] != [(name, "Environment") for name in names]:
             raise LeftOutError(log.pk, "a turn without exactly one action of each agent")
         actions = [_action(log.pk, text) for _, _, text in group[2:]]
