@@ -17,16 +17,19 @@ import sys
 
 from sotopia_rl.errors import SotopiaRLError
 from sotopia_rl.paper_training import notes, parser, train
+from sotopia_rl.train.processes import is_main
 
 
 def main() -> None:
     args = parser("grpo", __doc__ or "").parse_args()
-    for note in notes("grpo", args):
+    for note in notes("grpo", args) if is_main() else ():
         print(note, file=sys.stderr)
     try:
-        print(train("grpo", args))
+        result = train("grpo", args)
     except SotopiaRLError as error:
         sys.exit(f"error: {error}")
+    if is_main():
+        print(result)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,19 @@ import sys
 
 from sotopia_rl.errors import SotopiaRLError
 from sotopia_rl.paper_training import notes, parser, train
+from sotopia_rl.train.processes import is_main
 
 
 def main() -> None:
     args = parser("rm", __doc__ or "").parse_args()
-    for note in notes("rm", args):
+    for note in notes("rm", args) if is_main() else ():
         print(note, file=sys.stderr)
     try:
-        print(train("rm", args))
+        result = train("rm", args)
     except SotopiaRLError as error:
         sys.exit(f"error: {error}")
+    if is_main():
+        print(result)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,19 @@ import sys
 
 from sotopia_rl.errors import SotopiaRLError
 from sotopia_rl.paper_training import notes, parser, train
+from sotopia_rl.train.processes import is_main
 
 
 def main() -> None:
     args = parser("sft", __doc__ or "").parse_args()
-    for note in notes("sft", args):
+    for note in notes("sft", args) if is_main() else ():
         print(note, file=sys.stderr)
     try:
-        print(train("sft", args))
+        result = train("sft", args)
     except SotopiaRLError as error:
         sys.exit(f"error: {error}")
+    if is_main():
+        print(result)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def parser(stage: StageName, description: str) -> argparse.ArgumentParser:
     """The command line of `train_STAGE.py`."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in FLAGS[stage]:
-        words = f"accepted: {flag.unused}" if flag.unused else flag.help
+        words = (f"accepted: {flag.unused}" if flag.unused else flag.help).replace("%", "%%")
         if flag.type is bool:
             made.add_argument(f"--{flag.name}", action="store_true", help=words)
             continue

@@ -6,6 +6,7 @@ All get the same names and numbers as the file, the judge's included. A resumed 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -46,7 +47,12 @@ class _WandB:
         import wandb  # noqa: PLC0415
 
         self.run: Any = wandb.init(
-            project=PROJECT, name=_name(run), id=_id(run), resume="allow", dir=run.path, config=_settings(run)
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=os.environ.get("WANDB_NAME", _name(run)),
+            id=_id(run),
+            resume="allow",
+            dir=run.path,
+            config=_settings(run),
         )
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
