@@ -56,6 +56,15 @@ for _name, _help in {
     episodes.command(f"sotopia_rl.commands.episodes:{_name}_episodes", name=_name, help=_help)
 app.command(episodes)
 
+manifest = App(name="manifest", help="Which matches an evaluation plays: list, freeze and show.", group=_DATA)
+for _name, _help in {
+    "list": "The manifests that have a name.",
+    "freeze": "Write a manifest, by name or from one's own YAML, with its hash.",
+    "show": "What is in a manifest, and whether it still has its hash.",
+}.items():
+    manifest.command(f"sotopia_rl.commands.manifests:{_name}_manifests", name=_name, help=_help)
+app.command(manifest)
+
 data = App(name="data", help="Get published data sets.", group=_DATA)
 data.command("sotopia_rl.commands.datasets:pull", name="pull", help="Download a published data set from the hub.")
 app.command(data)

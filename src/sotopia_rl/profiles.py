@@ -74,8 +74,13 @@ SELECTIONS = {
     "sotopia-hard-70x2": Selection("sotopia-hard", combos="all"),
     "sotopia-all": Selection("sotopia-all"),
     "sotopia-all-450x2": Selection("sotopia-all", combos="all"),
+    "sotopia-hard-14x2": Selection("sotopia-hard"),
+    "sotopia-all-90x2": Selection("sotopia-all"),
 }
-"""By name: 28 matches (what the paper's evaluator runs), 140, 140, 180 and 900."""
+"""By name: 28 matches (what the paper's evaluator runs), 140, 140, 180 and 900.
+
+The last two are other names of the 28 and the 180.
+"""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,13 +10,15 @@ from sotopia_rl import sandbox
 from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.console import detail, err
 from sotopia_rl.errors import ConfigError, SotopiaRLError
-from sotopia_rl.manifest import Manifest, load_manifest
+from sotopia_rl.manifest import Manifest, manifest_from
 from sotopia_rl.profiles import SELECTIONS, load_profiles, selected_matches
 from sotopia_rl.stages import Tally
 
 C = TypeVar("C", bound=Config)
 
 DEFAULT_STORE = "episodes.db"
+SANDBOX = ("sandbox-train", "sandbox-held-out")
+"""Manifests of the offline world, of any size."""
 
 
 def resolve(flags: C, file: Path | None) -> C:
@@ -41,7 +44,11 @@ def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -
             raise ConfigError(f"{name} is played in the published SOTOPIA profiles; give their folder with --profiles")
         played = selected_matches(load_profiles(profiles), name, seed=seed)
         return Manifest(name=name, matches=tuple(played))
-    return load_manifest(Path(name))
+    if not Path(name).exists() and not Path(name).suffix:
+        near = difflib.get_close_matches(name, [*SANDBOX, *SELECTIONS], n=1)
+        hint = f"did you mean {near[0]}?" if near else "`sotopia-rl manifest list` names those there are"
+        raise ConfigError(f"{name}: neither a manifest's name nor a file; {hint}")
+    return manifest_from(Path(name), profiles)
 
 
 def finish(*tallies: Tally) -> None:
