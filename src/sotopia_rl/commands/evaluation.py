@@ -11,8 +11,8 @@ from cyclopts.types import ExistingDirectory, ExistingFile
 from sotopia_rl.commands.data import with_models
 from sotopia_rl.commands.options import finish, named_manifest, resolve
 from sotopia_rl.config import parse_config, read_yaml
-from sotopia_rl.console import bars, out
-from sotopia_rl.errors import ConfigError
+from sotopia_rl.console import bars, err, out
+from sotopia_rl.errors import ConfigError, EvaluationError
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.simulate import SimulateConfig
@@ -203,6 +203,56 @@ def compare(
     given = {name: value for name, value in flags.items() if value is not None}
     settings = parse_config(EvaluateConfig, {**(read_yaml(config) if config else {}), **given}, where="compare")
     publish(runs, output or runs[0], config=settings, baseline=baseline, published=published)
+
+
+@app.command
+def bundle(run: ExistingDirectory, /, *, output: Path, sign: bool = False) -> None:
+    """Pack a run into one .zip: matches, episodes, ratings, settings, results, and the hash of each.
+
+    Parameters
+    ----------
+    run
+        Run folder of `sotopia-rl evaluate`.
+    output
+        The .zip to write.
+    sign
+        Sign the hashes (HMAC-SHA256) with the key in SOTOPIA_RL_BUNDLE_KEY.
+    """
+    from sotopia_rl.evaluate.bundle import write_bundle
+
+    contents = write_bundle(run, output, sign=sign)
+    signed = ", signed" if sign else ""
+    out.print(
+        f"{output}: {len(contents.files)} files{signed}, manifest {contents.manifest_sha256[:12]}", soft_wrap=True
+    )
+
+
+@app.command
+def verify(bundle: ExistingFile, /) -> None:
+    """Check a bundle: every hash, the signature, and every number of its results from its episodes.
+
+    Ends with 1 where anything differs, and names it.
+
+    Parameters
+    ----------
+    bundle
+        A .zip that `sotopia-rl evaluate bundle` made.
+    """
+    from sotopia_rl.evaluate.bundle import verify_bundle
+
+    verdict = verify_bundle(bundle)
+    for problem in verdict.problems[:MAX_PROBLEMS]:
+        err.print(f"differs  {problem}", markup=False, soft_wrap=True)
+    for note in verdict.notes:
+        err.print(f"note     {note}", markup=False, soft_wrap=True)
+    if not verdict.holds:
+        raise EvaluationError(f"{bundle}: {len(verdict.problems)} of its statements do not hold")
+    out.print(f"{bundle}: {verdict.num_files} files have their hashes, and all {verdict.num_numbers} values of")
+    out.print("results.json follow from the episodes. That the named models said these things is not shown by it.")
+
+
+MAX_PROBLEMS = 20
+"""Shown of what differs."""
 
 
 def publish(
