@@ -66,8 +66,10 @@ Script = Sequence[str | Answer | Callable[[dict[str, Any]], Answer]]
 
 
 class FaultyServer:
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, *, port: int = 0, path: str = "/v1/chat/completions") -> None:
         self.script = script
+        self.path = path
+        self.port = port
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -91,10 +93,10 @@ class FaultyServer:
     async def _serve(self, ready: threading.Event) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(client_max_size=2**24)
-        app.router.add_post("/v1/chat/completions", self._answer)
+        app.router.add_post(self.path, self._answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", self.port)
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]
         ready.set()

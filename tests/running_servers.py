@@ -8,6 +8,8 @@ import asyncio
 import http.client
 import json
 import threading
+import time
+from collections.abc import Callable
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -83,6 +85,14 @@ class BestOfNServer:
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, dict[str, str]]:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.request("POST", path, raw, {"Content-Type": "application/json"} | headers)
+
+    def send_and_leave(self, path: str, body: Any, when: Callable[[], bool]) -> None:
+        """Ask, and close the connection without waiting for the answer."""
+        connection = http.client.HTTPConnection(str(urlsplit(self.url).netloc), timeout=30)
+        connection.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        while not when():
+            time.sleep(0.02)
+        connection.close()
 
     def get(self, path: str, **headers: str) -> tuple[int, Any, dict[str, str]]:
         return self.request("GET", path, None, headers)

@@ -5,7 +5,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.utils import logging
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -49,7 +56,19 @@ def save_model(folder: Path, *, seed: int = 0, hidden_size: int = 32, context: i
 
 def save_adapter(base: Path, folder: Path, *, seed: int, task_type: str = "CAUSAL_LM") -> Path:
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     config = LoraConfig(task_type=task_type, target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def save_reward_adapter(base: Path, folder: Path, *, seed: int, outputs: int = 1) -> Path:
+    """An adapter and a head, both random: it scores everything, and differently."""
+    torch.manual_seed(seed)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the base has no head is known
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
+    logging.set_verbosity(level)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(folder)
     return folder

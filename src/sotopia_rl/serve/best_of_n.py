@@ -140,18 +140,25 @@ class Policy:
     async def complete(
         self, messages: Sequence[Message], sampling: Sampling, *, seed: int | None, schema: JsonSchema | None
     ) -> Reply:
-        """As `ChatModel.complete`."""
+        """As `ChatModel.complete`; that the policy was given up before is no reason not to ask it."""
         pool = self._pool
         try:
-            reply = await pool.get(self.name).complete(messages, sampling, seed=seed, schema=schema)
+            try:
+                reply = await pool.get(self.name).complete(messages, sampling, seed=seed, schema=schema)
+            except EndpointDownError:
+                await self._open_anew(pool)
+                reply = await self._pool.get(self.name).complete(messages, sampling, seed=seed, schema=schema)
         except ModelCallError as error:
             self.trouble = str(error)
-            if isinstance(error, EndpointDownError) and pool is self._pool:
-                self._pool = ModelPool(self.limits)
-                await pool.__aexit__()
             raise
         self.trouble = None
         return reply
+
+    async def _open_anew(self, pool: ModelPool) -> None:
+        """Replace `pool`, unless another call has done so already."""
+        if pool is self._pool:
+            self._pool = ModelPool(self.limits)
+            await pool.__aexit__()
 
     async def close(self) -> None:
         await self._pool.__aexit__()

@@ -122,6 +122,7 @@ class Batcher:
         self.wait_seconds = wait_seconds
         self._observe = observe
         self._waiting: list[_Waiting] = []
+        self._in_work: list[_Waiting] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
         self._worker: asyncio.Task[None] | None = None
@@ -153,7 +154,7 @@ class Batcher:
         assert self._worker is not None, "not entered"
         self._worker.cancel()
         await asyncio.gather(self._worker, return_exceptions=True)
-        for request in self._waiting:
+        for request in (*self._in_work, *self._waiting):
             _fail(request, ServingError("the server is shutting down"))
         self._thread.shutdown()
 
@@ -163,7 +164,7 @@ class Batcher:
             await self._arrived.wait()
             if self.wait_seconds and self.depth < self.max_batch:
                 await asyncio.sleep(self.wait_seconds)
-            batch = self._next_batch()
+            batch = self._in_work = self._next_batch()
             if not batch:
                 continue
             start = loop.time()

@@ -39,7 +39,7 @@ from sotopia_rl.serve.vllm_command import (
 
 _TAIL_LINES = 15
 _STOP_SECONDS = 15.0
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 
 
 class VLLMServer:

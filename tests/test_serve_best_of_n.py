@@ -1,0 +1,464 @@
+"""The best-of-N server over real HTTP: the best valid reply or an error with a reason, and nothing else, ever."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faulty_server import FAULTS, Answer, FaultyServer, error, reply
+from running_servers import BestOfNServer, ByLength
+from sotopia_rl import sandbox
+from sotopia_rl.episode import Action, AgentSpec
+from sotopia_rl.errors import ConfigError, ServingError
+from sotopia_rl.llm.open import ModelPool
+from sotopia_rl.serve.best_of_n import BestOfN, BestOfNSettings, Policy, candidate_seed
+from sotopia_rl.serve.scoring import Batcher, TooLongError
+from sotopia_rl.serve.vllm import free_port
+from sotopia_rl.simulate import Pairing, SimulateConfig, play
+
+ASK = {"model": "best-of-n", "messages": [{"role": "user", "content": "Hello?"}]}
+CHAT = "/v1/chat/completions"
+
+
+def speak(words):
+    return Action(action_type="speak", argument=words).to_json()
+
+
+def policy_of(*script):
+    """A policy that gives these replies in turn, the last one for ever; a str that is no fault is what it says."""
+    return FaultyServer([s if isinstance(s, Answer) or s in FAULTS else reply(s) for s in script])
+
+
+def served(policy, reward_model=None, **options):
+    return BestOfNServer(f"custom/p@{policy.url}", reward_model or ByLength(), **options)
+
+
+def ask(*script, candidates=None, request=ASK, **options):
+    """What the server answers where the policy says these things."""
+    with policy_of(*script) as policy, served(policy, candidates=candidates or len(script), **options) as server:
+        return server.post(CHAT, request)
+
+
+def text_of(body):
+    return body["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def one_server():
+    """For requests that are not supposed to leave a trace."""
+    with policy_of(speak("a")) as policy, served(policy, candidates=2, max_request_bytes=1_000_000) as server:
+        yield server
+
+
+def test_the_reply_that_the_reward_model_likes_best_comes_back_unchanged():
+    best = '```json\n{"action_type": "speak",  "argument": "Hé!"}\n```'
+    status, body, _ = ask(speak("a" * 200), best, speak("b" * 100))
+    assert status == 200
+    assert text_of(body) == best
+    assert body["model"] == "best-of-n"
+    assert body["object"] == "chat.completion"
+
+
+def test_usage_is_what_all_the_candidates_took():
+    _, body, _ = ask(speak("a"), speak("bb"), "no JSON")
+    assert body["usage"] == {"prompt_tokens": 30, "completion_tokens": 15, "total_tokens": 45}
+
+
+def test_the_n_best_come_back_in_order_and_all_different():
+    _, body, _ = ask(speak("aaa"), speak("a"), speak("aa"), speak("a"), request=ASK | {"n": 2})
+    assert [choice["message"]["content"] for choice in body["choices"]] == [speak("a"), speak("aa")]
+
+
+def test_fewer_valid_replies_than_asked_are_an_error():
+    status, body, _ = ask(speak("a"), speak("a"), "x", request=ASK | {"n": 2})
+    assert status == 502
+    assert body["error"]["code"] == "too_few_valid_candidates"
+
+
+def test_scores_of_all_candidates_come_on_request():
+    _, body, _ = ask(speak("aa"), "no JSON", speak("a"), speak("aa"), request=ASK | {"return_scores": True})
+    details = body["best_of_n"]
+    assert (details["candidates"], details["valid"]) == (4, 3)
+    assert [(r["text"], r["count"]) for r in details["replies"]] == [
+        (speak("a"), 1),
+        (speak("aa"), 2),
+        ("no JSON", 1),
+    ]
+    assert details["replies"][0]["outputs"] == {"value": details["replies"][0]["score"]}
+    assert details["replies"][2]["score"] is None
+    assert "no JSON object" in details["replies"][2]["problem"]
+
+
+def test_equal_replies_are_scored_once():
+    model = ByLength()
+    with policy_of(*[speak("a")] * 3, speak("b")) as policy, served(policy, model, candidates=4) as server:
+        server.post(CHAT, ASK)
+    assert model.batches == [2]
+
+
+@pytest.mark.parametrize(
+    "junk", ["Hello!", "", '{"action_type": "shout", "argument": "x"}', '{"action_type": "speak"}']
+)
+def test_without_a_valid_reply_the_answer_is_an_error_that_says_what_was_wrong(junk):
+    status, body, _ = ask(junk, candidates=3)
+    assert status == 502
+    assert body["error"]["code"] == "no_valid_candidate"
+    assert "none of the policy's 3 replies is valid; 3 times: " in body["error"]["message"]
+    assert "choices" not in body
+
+
+def test_a_reply_that_was_cut_off_is_never_chosen():
+    _, body, _ = ask(reply(speak("a"), finish_reason="length"), speak("longer"))
+    assert text_of(body) == speak("longer")
+
+
+def test_without_the_gate_any_whole_text_may_be_chosen():
+    _, body, _ = ask("Good morning.", "Hi.", gate="none")
+    assert text_of(body) == "Hi."
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        ("500", 503, "policy_unavailable"),
+        ("closed", 503, "policy_unavailable"),
+        ("429", 429, "policy_busy"),
+        ("401", 502, "policy_refused"),
+        ("html", 502, "policy_refused"),
+        ("null-content", 502, "policy_refused"),
+    ],
+)
+def test_one_failed_call_fails_the_request_however_good_the_others_are(fault, status, code):
+    found, body, headers = ask(speak("a"), speak("b"), fault)
+    assert (found, body["error"]["code"]) == (status, code)
+    assert body["error"]["message"].startswith("policy: ")
+    assert (headers.get("retry-after") is not None) == (status in {429, 503})
+
+
+def test_a_policy_that_does_not_answer_in_time_is_a_504():
+    status, body, _ = ask("hang", policy_timeout_seconds=0.2, candidates=1)
+    assert (status, body["error"]["code"]) == (504, "policy_timeout")
+
+
+def test_a_policy_that_was_down_is_asked_again_once_it_is_back():
+    port = free_port("127.0.0.1", 0)
+    with BestOfNServer(f"custom/p@http://127.0.0.1:{port}/v1", ByLength(), candidates=4) as server:
+        for _ in range(3):  # more failures than the client needs to give an endpoint up
+            status, body, headers = server.post(CHAT, ASK)
+            assert (status, body["error"]["code"], headers["retry-after"]) == (503, "policy_unavailable", "1")
+        assert "cannot connect" in server.get("/healthz")[1]["policy_trouble"]
+        assert "sotopia_rl_policy_up 0.0" in server.get("/metrics")[1]
+        with FaultyServer([reply(speak("a"))], port=port):
+            assert server.post(CHAT, ASK)[0] == 200
+        assert server.get("/healthz")[1]["policy_trouble"] is None
+
+
+class Broken(ByLength):
+    """A reward model that fails as told."""
+
+    def __init__(self, trouble):
+        super().__init__()
+        self.trouble = trouble
+
+    def score(self, sequences):
+        if isinstance(self.trouble, Exception):
+            raise self.trouble
+        return [(self.trouble,)] * len(sequences)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status", "words"),
+    [
+        (ServingError("out of memory"), 503, "reward model: out of memory"),
+        (float("nan"), 503, "no number"),
+        (float("inf"), 503, "no number"),
+        (TooLongError("900 tokens of 512"), 400, "900 tokens of 512"),
+        (KeyError("secret of the code"), 500, "internal error (KeyError); the server's log says more"),
+    ],
+)
+def test_a_reward_model_that_fails_is_an_error_not_a_choice(trouble, status, words, capfd):
+    with policy_of(speak("a"), speak("b")) as policy, served(policy, Broken(trouble), candidates=2) as server:
+        found, body, _ = server.post(CHAT, ASK)
+    assert found == status
+    assert words in body["error"]["message"]
+    assert "secret of the code" not in json.dumps(body)
+
+
+def test_a_streamed_answer_holds_the_same_reply_then_the_usage_then_the_end():
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    status, body, headers = ask(speak("a"), speak("bb"), request=ASK | options)
+    assert status == 200
+    assert headers["content-type"].startswith("text/event-stream")
+    *events, end = [part.removeprefix("data: ") for part in body.split("\n\n") if part]
+    chunks = [json.loads(event) for event in events]
+    assert end == "[DONE]"
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": speak("a")}
+    assert chunks[1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-1]["usage"]["completion_tokens"] == 10
+
+
+def test_an_error_is_no_stream():
+    status, body, _ = ask("junk", request=ASK | {"stream": True})
+    assert status == 502
+    assert body["error"]["code"] == "no_valid_candidate"
+
+
+def test_what_a_request_asks_reaches_the_policy_and_each_candidate_has_a_seed_of_its_own():
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    wish = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema}}
+    request = ASK | {"temperature": 0.3, "top_p": 0.9, "max_tokens": 77, "seed": 5, "response_format": wish}
+    with policy_of(speak("a")) as policy, served(policy, candidates=3) as server:
+        server.post(CHAT, request)
+        server.post(CHAT, request)
+        bodies = policy.bodies
+    assert {(b["temperature"], b["top_p"], b["max_tokens"]) for b in bodies} == {(0.3, 0.9, 77)}
+    assert bodies[0]["messages"] == ASK["messages"]
+    assert bodies[0]["response_format"]["json_schema"]["schema"] == schema
+    seeds = sorted(b["seed"] for b in bodies)
+    assert seeds == sorted(2 * [candidate_seed(5, i) for i in range(3)])
+    assert len(set(seeds)) == 3
+
+
+def test_parts_of_a_text_are_put_together():
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo?"}]
+    with policy_of(speak("a")) as policy, served(policy, candidates=1) as server:
+        assert server.post(CHAT, ASK | {"messages": [{"role": "user", "content": parts}]})[0] == 200
+        assert policy.bodies[0]["messages"] == ASK["messages"]
+
+
+def test_a_greedy_policy_is_asked_once_since_all_its_replies_are_the_same():
+    _, body, _ = ask(speak("a"), candidates=10, request=ASK | {"temperature": 0, "return_scores": True})
+    assert body["best_of_n"]["candidates"] == 1
+
+
+def test_a_request_may_ask_for_more_or_fewer_candidates_within_the_limit():
+    with policy_of(speak("a")) as policy, served(policy, candidates=2, max_candidates=5) as server:
+        server.post(CHAT, ASK | {"best_of": 5})
+        assert len(policy.bodies) == 5
+        status, body, _ = server.post(CHAT, ASK | {"best_of": 6})
+    assert status == 400
+    assert "best_of 6 is above this server's limit of 5" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"messages": []}, "messages: "),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"temperature": 3}, "temperature: "),
+        ({"temperature": "0.5"}, "temperature: "),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"n": 3}, "n 3 is above the number of candidates, 2"),
+        ({"n": True}, "n: "),
+        ({"tools": []}, "tools: Extra inputs are not permitted"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: "),
+        ({"seed": 2**70}, "seed: "),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_place(one_server, change, words):
+    status, body, _ = one_server.post(CHAT, ASK | change)
+    assert status == 400
+    assert body["error"]["type"] == "invalid_request_error"
+    assert words in body["error"]["message"]
+
+
+def test_another_model_s_name_is_a_404_that_names_ours(one_server):
+    status, body, _ = one_server.post(CHAT, ASK | {"model": "gpt-4o"})
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+    assert "'best-of-n'" in body["error"]["message"]
+
+
+BAD_BODIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b"[" * 200_000,
+    b'{"a":' * 100_000,
+    json.dumps(ASK).encode() + b"x",
+    json.dumps(ASK | {"temperature": float("nan")}).encode(),
+    json.dumps(ASK | {"temperature": float("-inf")}).encode(),
+    b'{"model": "best-of-n", "messages": [{"role": "user", "content": "\\ud83d"}]}',
+    b'{"model": "best-of-n", "messages": [{"role": "user", "content": "x"}], "seed": 1e400}',
+    json.dumps(
+        ASK
+        | {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"x": float("nan"), "y": "\ud83d"}},
+            }
+        }
+    ).encode(),
+]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=range(len(BAD_BODIES)))
+@pytest.mark.parametrize("path", [CHAT, "/v1/score"])
+def test_a_body_that_is_no_request_is_a_400_with_a_reason(one_server, path, body):
+    status, answer, _ = one_server.post(path, body)
+    assert status == 400
+    assert answer["error"]["message"]
+    assert "Traceback" not in json.dumps(answer)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=60)
+def test_any_bytes_get_a_400(one_server, body):
+    assert one_server.post(CHAT, body)[0] == 400
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_a_wrong_content_type_is_a_415(one_server, kind):
+    status, body, _ = one_server.request("POST", CHAT, json.dumps(ASK).encode(), {"Content-Type": kind})
+    assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("size", [1_000_001, 8_000_000])
+def test_a_huge_body_is_a_413(one_server, size):
+    status, body, _ = one_server.post(CHAT, b"x" * size)
+    assert (status, body["error"]["code"]) == (413, "request_too_large")
+    assert one_server.post(CHAT, ASK)[0] == 200
+
+
+def test_unknown_places_and_methods_are_answered_in_json(one_server):
+    assert one_server.get("/v1/nothing")[1]["error"]["code"] == "not_found"
+    status, body, headers = one_server.get(CHAT)
+    assert (status, body["error"]["code"], headers["allow"]) == (405, "method_not_allowed", "POST")
+
+
+def test_the_model_is_listed(one_server):
+    (card,) = one_server.get("/v1/models")[1]["data"]
+    assert card["id"] == "best-of-n"
+
+
+def test_utterances_are_scored_where_they_are_valid(one_server):
+    items = [{"messages": ASK["messages"], "completion": text} for text in (speak("aa"), "no JSON", speak("a"))]
+    status, body, _ = one_server.post("/v1/score", {"items": items})
+    assert status == 200
+    assert [row["index"] for row in body["data"]] == [0, 1, 2]
+    assert body["data"][0]["score"] < body["data"][2]["score"]
+    assert body["data"][1]["score"] is None
+    assert "no JSON object" in body["data"][1]["problem"]
+
+
+def test_metrics_count_requests_candidates_tokens_and_batches():
+    with policy_of(speak("a"), speak("a"), "junk") as policy, served(policy, candidates=3) as server:
+        server.post(CHAT, ASK)
+        wait_until(lambda: "sotopia_rl_requests_in_progress 0.0" in server.get("/metrics")[1])
+        text = server.get("/metrics")[1]
+    for line in (
+        'sotopia_rl_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0',
+        'sotopia_rl_candidates_total{kind="valid"} 2.0',
+        'sotopia_rl_candidates_total{kind="invalid"} 1.0',
+        'sotopia_rl_candidates_total{kind="duplicate"} 1.0',
+        'sotopia_rl_policy_tokens_total{kind="completion"} 15.0',
+        "sotopia_rl_score_batch_replies_sum 1.0",
+        "sotopia_rl_policy_up 1.0",
+    ):
+        assert line in text
+
+
+def test_a_key_is_asked_for_where_one_is_set():
+    with policy_of(speak("a")) as policy, served(policy, candidates=1, key="hunter2") as server:
+        for headers in ({}, {"Authorization": "Bearer hunter3"}, {"Authorization": "hunter2"}):
+            status, body, _ = server.post(CHAT, ASK, **headers)
+            assert (status, body["error"]["type"]) == (401, "authentication_error")
+        assert server.get("/v1/models")[0] == 401
+        assert server.post(CHAT, ASK, Authorization="Bearer hunter2")[0] == 200
+        assert server.get("/healthz")[0] == 200
+
+
+def in_threads(count, work):
+    results = [None] * count
+
+    def one(index):
+        results[index] = work()
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_more_requests_than_allowed_are_turned_away_with_a_time_to_come_back():
+    with (
+        policy_of(reply(speak("a"), seconds=0.5)) as policy,
+        served(policy, candidates=1, max_requests=3) as server,
+    ):
+        results = in_threads(8, lambda: server.post(CHAT, ASK))
+        assert server.post(CHAT, ASK)[0] == 200
+    assert sorted(status for status, _, _ in results) == [200] * 3 + [429] * 5
+    for status, body, headers in results:
+        assert status == 200 or (headers["retry-after"], body["error"]["type"]) == ("1", "rate_limit_error")
+
+
+def test_requests_under_way_are_finished_before_the_server_ends():
+    with policy_of(reply(speak("a"), seconds=0.5)) as policy, served(policy, candidates=2) as server:
+        results = []
+        thread = threading.Thread(target=lambda: results.append(server.post(CHAT, ASK)))
+        thread.start()
+        wait_until(lambda: len(policy.bodies) == 2)
+        server.__exit__()
+        thread.join()
+    assert results[0][0] == 200
+
+
+def test_the_work_of_a_client_that_leaves_is_dropped():
+    with policy_of(reply(speak("a"), seconds=20)) as policy, served(policy, candidates=2) as server:
+        thread = threading.Thread(target=lambda: server.send_and_leave(CHAT, ASK, lambda: len(policy.bodies) == 2))
+        thread.start()
+        thread.join()
+        wait_until(lambda: server.get("/healthz")[1]["requests"] == 0)
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_it_sits_in_a_seat_of_a_match_like_any_other_model():
+    with BestOfNServer("scripted/fair", ByLength(), candidates=3) as server:
+        match = sandbox.matches("train", 1)[0]
+        agents = (AgentSpec(model=server.model), AgentSpec(model="scripted/tough"))
+
+        async def run():
+            async with ModelPool() as pool:
+                models = (pool.get(agents[0].model), pool.get(agents[1].model))
+                return await play(Pairing(match, agents), models, tag="t", config=SimulateConfig())
+
+        episode = asyncio.run(run())
+    assert episode.status == "completed"
+    assert episode.turns[0].usage.completion_tokens >= 0
+    assert {turn.attempts for turn in episode.turns} == {1}
+
+
+def test_a_wrong_policy_string_or_weights_that_do_not_fit_are_refused_before_anything_starts():
+    with pytest.raises(ConfigError, match="did you mean scripted/fair"):
+        Policy("scripted/fiar", BestOfNSettings().policy_limits())
+    for weights in ((1.0, 2.0), (0.0,), (-1.0,)):
+        with pytest.raises(ServingError, match="weights"):
+            BestOfN(
+                Policy("scripted/fair", BestOfNSettings().policy_limits()),
+                Batcher(ByLength()),
+                BestOfNSettings(weights=weights),
+            )
+
+
+def test_error_bodies_of_the_policy_do_not_become_utterances():
+    """The published server passes its error text on as what the agent said."""
+    text = json.loads(error(400, "boom").body)["error"]["message"]
+    status, body, _ = ask(error(400, "boom"), candidates=1)
+    assert status == 502
+    assert text in body["error"]["message"]
+    assert "choices" not in body

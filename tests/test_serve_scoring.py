@@ -1,0 +1,204 @@
+"""Scoring in shared batches: the same numbers as alone, one batch at a time, nobody's trouble anybody else's."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faulty_server import Answer, FaultyServer
+from running_servers import ByLength
+from sotopia_rl.errors import ConfigError, DataError, ServingError, TrainingError
+from sotopia_rl.models import Message
+from sotopia_rl.serve.best_of_n import BestOfNSettings
+from sotopia_rl.serve.reward_model import load_reward_model
+from sotopia_rl.serve.run import open_reward_model
+from sotopia_rl.serve.scoring import Batcher, PoolingServer, TooLongError
+from sotopia_rl.train.adapters import RewardScorer, load_policy
+from sotopia_rl.train.config import TrainerSettings
+from sotopia_rl.train.data import completion_token_ids, prompt_token_ids, reply_text
+from sotopia_rl.train.loading import load_tokenizer
+from tiny_llm import save_adapter, save_model, save_reward_adapter
+from training_rows import reward_rows
+
+PROMPT = [Message(role="user", content="Hello?")]
+
+
+class Slow(ByLength):
+    """Waits in its first batch until it is told to go on; cannot encode the reply `poison`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started, self.go_on = threading.Event(), threading.Event()
+
+    def encode(self, prompt, replies):
+        if "poison" in replies:
+            raise TooLongError("poison")
+        return super().encode(prompt, replies)
+
+    def score(self, sequences):
+        self.started.set()
+        assert self.go_on.wait(10)
+        return super().score(sequences)
+
+
+@given(st.lists(st.lists(st.text(max_size=5), min_size=1, max_size=4), max_size=12), st.integers(1, 9))
+def test_scores_do_not_depend_on_who_else_is_scored(requests, max_batch):
+    async def run():
+        async with Batcher(ByLength(), max_batch=max_batch, wait_seconds=0) as batcher:
+            return await asyncio.gather(*(batcher.score(PROMPT, replies) for replies in requests))
+
+    assert asyncio.run(run()) == [[(1 / (1 + len(reply)),) for reply in replies] for replies in requests]
+
+
+def scored(model, requests, during=lambda _: None, **options):
+    """Outcomes of requests, the first of which occupies the model while the others arrive and `during` happens."""
+
+    async def run():
+        async with Batcher(model, wait_seconds=0, **options) as batcher:
+            tasks = [asyncio.create_task(batcher.score(PROMPT, requests[0]))]
+            await asyncio.to_thread(model.started.wait)
+            tasks += [asyncio.create_task(batcher.score(PROMPT, replies)) for replies in requests[1:]]
+            await asyncio.sleep(0.01)
+            during(tasks)
+            model.go_on.set()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_what_arrives_during_a_batch_shares_the_next_one():
+    model = Slow()
+    scored(model, [["a"], ["bb"], ["ccc"], ["dddd", "bb"]])
+    assert model.batches == [1, 3]  # "bb" twice, scored once
+
+
+def test_a_batch_has_an_end_and_requests_are_not_divided():
+    model = Slow()
+    scored(model, [["a"], ["bb", "ccc"], ["dddd", "eeeee"], ["ffffff"]], max_batch=3)
+    assert model.batches == [1, 2, 3]
+
+
+def test_a_request_that_cannot_be_encoded_fails_alone():
+    first, poisoned, last = scored(Slow(), [["a"], ["poison"], ["bb"]])
+    assert isinstance(poisoned, TooLongError)
+    assert (first, last) == ([(1 / 2,)], [(1 / 3,)])
+
+
+def test_nobody_s_request_is_not_scored():
+    model = Slow()
+    scored(model, [["a"], ["bb"], ["ccc"]], during=lambda tasks: tasks[1].cancel())
+    assert model.batches == [1, 1]
+
+
+def test_what_waits_when_the_server_ends_is_told():
+    async def run():
+        model = Slow()
+        async with Batcher(model, wait_seconds=0) as batcher:
+            tasks = [asyncio.create_task(batcher.score(PROMPT, ["a"]))]
+            await asyncio.to_thread(model.started.wait)
+            tasks.append(asyncio.create_task(batcher.score(PROMPT, ["b"])))
+            await asyncio.sleep(0.01)
+            model.go_on.set()
+        with pytest.raises(ServingError, match="not running"):
+            await batcher.score(PROMPT, ["c"])
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+
+    for outcome in asyncio.run(run()):
+        assert isinstance(outcome, ServingError)
+        assert "shutting down" in str(outcome)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("scored") / "base", context=4096)
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(base):
+    return save_reward_adapter(base, base.parent / "reward", seed=1, outputs=2)
+
+
+@pytest.fixture(scope="module")
+def loaded(reward_adapter):
+    return load_reward_model(reward_adapter)
+
+
+@pytest.fixture(scope="module")
+def some_rows():
+    return reward_rows(4)
+
+
+def test_a_loaded_reward_model_scores_as_the_one_that_grpo_uses(base, reward_adapter, loaded, some_rows, tmp_path):
+    tokenizer = load_tokenizer(base)
+    policy = load_policy(base, save_adapter(base, tmp_path, seed=2), tokenizer, TrainerSettings())
+    scorer = RewardScorer(policy, reward_adapter, tokenizer.pad_token_id, batch_size=8)
+    sequences = [
+        prompt_token_ids(tokenizer, row.prompt) + completion_token_ids(tokenizer, reply_text(row)) for row in some_rows
+    ]
+    encoded = [ids for row in some_rows for ids in loaded.encode(row.prompt, [reply_text(row)])]
+    assert encoded == sequences
+    found = torch.tensor(loaded.score(sequences))
+    assert torch.allclose(found, scorer.score(sequences), atol=1e-5)
+    assert loaded.outputs == ("output_0", "output_1")
+    assert found.std(dim=0).min() > 0
+
+
+def test_a_batch_changes_no_score(loaded, some_rows, reward_adapter):
+    sequences = [ids for row in some_rows for ids in loaded.encode(row.prompt, [reply_text(row)])]
+    alone = torch.tensor([loaded.score([ids])[0] for ids in sequences])
+    narrow = load_reward_model(reward_adapter, max_batch_tokens=300)
+    assert torch.allclose(torch.tensor(loaded.score(sequences)), alone, atol=1e-5)
+    assert torch.allclose(torch.tensor(narrow.score(sequences)), alone, atol=1e-5)
+
+
+def test_what_is_too_long_is_said_with_numbers(reward_adapter):
+    model = load_reward_model(reward_adapter, max_length=40)
+    with pytest.raises(TooLongError, match=r"prompt and reply have \d+ tokens, .* takes 40"):
+        model.encode(PROMPT, ["word " * 40])
+
+
+def test_a_whole_classifier_scores_as_the_adapter_it_was_made_of(loaded, some_rows, tmp_path):
+    loaded.model.save_pretrained(tmp_path)
+    loaded.encoder.tokenizer.save_pretrained(tmp_path)
+    whole = load_reward_model(tmp_path)
+    sequences = [ids for row in some_rows[:4] for ids in whole.encode(row.prompt, [reply_text(row)])]
+    assert torch.allclose(torch.tensor(whole.score(sequences)), torch.tensor(loaded.score(sequences)), atol=1e-6)
+
+
+def test_what_is_no_reward_model_is_refused(base, reward_adapter, tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        load_reward_model(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="neither an adapter"):
+        load_reward_model(tmp_path)
+    with pytest.raises(DataError, match="not a reward model"):
+        load_reward_model(base)
+    with pytest.raises(ConfigError, match="no score head"):
+        load_reward_model(save_adapter(base, tmp_path / "policy", seed=2))
+    with pytest.raises(TrainingError, match="was trained on the base"):
+        load_reward_model(reward_adapter, base=save_model(tmp_path / "other"))
+
+
+def pooling(body):
+    rows = [{"index": index, "data": [len(ids) / 10]} for index, ids in enumerate(body["input"])]
+    return Answer(body=json.dumps({"data": rows[::-1]}).encode())
+
+
+def test_a_reward_model_on_a_server_gets_token_ids_and_its_answers_go_by_index(base):
+    with FaultyServer([pooling], path="/pooling") as server:
+        name = f"custom/rm@{server.url}"
+        model = open_reward_model(name, BestOfNSettings(), base=base)
+        assert model.score([[1, 2, 3], [4, 5]]) == [(0.3,), (0.2,)]
+        assert server.bodies[-1] == {"model": "rm", "input": [[1, 2, 3], [4, 5]], "use_activation": False}
+        assert model.outputs == ("value",)
+        with pytest.raises(ConfigError, match="needs --base"):
+            open_reward_model(name, BestOfNSettings())
+
+
+@pytest.mark.parametrize("fault", ["500", "html", "empty", "list", "no-choices", "closed"])
+def test_a_reward_server_s_fault_is_no_score(fault):
+    with FaultyServer([fault], path="/pooling") as server, pytest.raises(ServingError):
+        PoolingServer(server.url, "rm", lambda *_: [], ("value",)).score([[1, 2]])

