@@ -54,6 +54,8 @@ class VLLMSettings(Config):
     """Do not compile: quicker to start, slower afterwards."""
     chunked_prefill: bool = True
     """Off where calls carry seeds on CPUs: vLLM 0.32 dies of a seed while it prefills in chunks."""
+    logprobs: Literal["raw", "processed"] = "raw"
+    """Log-probabilities from before or after the temperature; GRPO at another temperature than 1 needs the latter."""
     chat_template: Path | None = None
     """Jinja file to use instead of the base's own template."""
     start_timeout_seconds: float = Field(default=900.0, gt=0)
@@ -80,6 +82,7 @@ def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSetting
         "--max-model-len": settings.max_model_len,
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
         "--chat-template": settings.chat_template,
+        "--logprobs-mode": "processed_logprobs" if settings.logprobs == "processed" else None,
         # a base's generation_config.json would add its own top_k and penalties to what callers ask for
         "--generation-config": "vllm",
     }
