@@ -91,6 +91,8 @@ def play(
     from sotopia_rl.evaluate.folder import Plan, save_plan
     from sotopia_rl.evaluate.play import play as play_into
 
+    if not partner:
+        raise ConfigError("a system needs somebody to talk to; name a --partner, or use `sotopia-rl evaluate matrix`")
     if not resume and (output / "results.json").exists():
         raise ConfigError(f"{output}: holds results; choose another folder")
     asked = {
@@ -203,6 +205,89 @@ def compare(
     given = {name: value for name, value in flags.items() if value is not None}
     settings = parse_config(EvaluateConfig, {**(read_yaml(config) if config else {}), **given}, where="compare")
     publish(runs, output or runs[0], config=settings, baseline=baseline, published=published)
+
+
+@app.command
+def matrix(
+    *,
+    manifest: str,
+    system: list[str],
+    judge: list[str],
+    output: Path,
+    metric: str = "goal",
+    tie_margin: float = 0.0,
+    count: int = 40,
+    profiles: Path | None = None,
+    seed: int = 0,
+    temperature: float = 0.7,
+    max_tokens: int = 512,
+    retry_failed: bool = False,
+    max_cost: float | None = None,
+    config: ExistingFile | None = None,
+    settings: Annotated[SimulateConfig, Parameter(name="*")] = SimulateConfig(),  # noqa: B008  frozen
+    judging: Annotated[JudgeConfig, Parameter(name="judging")] = JudgeConfig(),  # noqa: B008  frozen
+    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+) -> None:
+    """Let every pair of systems talk to each other, and rank them (Bradley-Terry, with intervals).
+
+    On every board (scenario, characters, seed) each pair plays twice, with the seats changed, and the scores at the
+    same seat are compared. The same command again plays only what is missing; systems may be added.
+
+    Parameters
+    ----------
+    manifest
+        As of `sotopia-rl evaluate play`; who is under test in it does not matter here.
+    system
+        NAME=MODEL, twice or more.
+    judge
+        Model string of a judge; the mean of several counts.
+    output
+        Run folder for episodes, matrix.json and the page.
+    metric
+        What a conversation is won by: a dimension, or overall.
+    tie_margin
+        Scores that differ by no more than this tie; a tie is half a win for each.
+    count
+        Number of matches, for the sandbox manifests.
+    profiles
+        Folder with the published SOTOPIA profiles, for the sotopia manifests.
+    seed
+        Of the matches.
+    temperature
+        Of the systems.
+    max_tokens
+        Longest reply.
+    retry_failed
+        Play failed episodes again.
+    max_cost
+        Spend cap in USD over all models.
+    config
+        YAML file with any of the settings below.
+    """
+    from sotopia_rl.evaluate.folder import Plan, save_plan
+    from sotopia_rl.evaluate.matrix import matrix_results, play_matrix
+    from sotopia_rl.report import matrix_table, write_matrix
+
+    asked = {
+        "systems": named_systems(system),
+        "judges": judge,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "simulate": resolve(settings, config).model_dump(),
+        "judging": judging.model_dump(),
+    }
+    frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
+    plan = save_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
+    with bars() as watch:
+        tallies = with_models(
+            capped(limits, max_cost),
+            lambda pool: play_matrix(pool, output, plan, frozen, watch, retry_failed=retry_failed),
+        )
+    finish(*tallies)
+    results = matrix_results(output, plan, frozen, metric=metric, tie_margin=tie_margin)
+    write_matrix(results, output)
+    out.print(matrix_table(results))
+    out.print(f"results {output / 'matrix.json'}\npage    {output / 'matrix.html'}")
 
 
 @app.command

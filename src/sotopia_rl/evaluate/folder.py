@@ -36,7 +36,8 @@ class Plan(Record):
 
     systems: dict[str, str] = Field(min_length=1)
     """Model strings by name; the first is what the others are compared with."""
-    partners: tuple[str, ...] = Field(min_length=1)
+    partners: tuple[str, ...] = ()
+    """Whom every system meets; empty in a matrix, where the systems meet one another."""
     judges: tuple[str, ...] = Field(min_length=1)
     temperature: float = Field(default=0.7, ge=0)
     """Of systems and partners."""
@@ -182,7 +183,11 @@ def save_plan(plan: Plan, manifest: Manifest, folder: Path) -> Plan:
     if file.exists() and (there := load_manifest(file)).sha256 != manifest.sha256:
         raise ConfigError(f"{folder} holds an evaluation over {there}, not {manifest}; choose another folder")
     if (folder / "evaluation.json").exists():
-        plan = extended(load_plan(folder), plan, folder)
+        kept = load_plan(folder)
+        if bool(kept.partners) != bool(plan.partners):
+            held = "a comparison" if kept.partners else "a matrix"
+            raise ConfigError(f"{folder} holds {held}; choose another folder")
+        plan = extended(kept, plan, folder)
     manifest.save(file)
     write_text(folder / "evaluation.json", plan.model_dump_json(indent=1) + "\n")
     return plan
@@ -217,6 +222,9 @@ def load_evaluation(folders: Sequence[Path]) -> Evaluation:
         EvaluationError: The folders do not fit together.
     """
     plans = [load_plan(folder) for folder in folders]
+    for folder, plan in zip(folders, plans, strict=True):
+        if not plan.partners:
+            raise DataError(f"{folder} holds a matrix; `sotopia-rl evaluate matrix` writes its results")
     manifests = [load_manifest(folder / "manifest.json") for folder in folders]
     _check_fit(folders, plans, manifests)
     plan = plans[0]

@@ -4,7 +4,8 @@
 `page.html.jinja` with `page.css` and `page.js` is the page, `table.py` is for the terminal.
 """
 
+from sotopia_rl.report.matrix import matrix_table, write_matrix
 from sotopia_rl.report.table import results_table
 from sotopia_rl.report.write import ReportInput, write_report
 
-__all__ = ["ReportInput", "results_table", "write_report"]
+__all__ = ["ReportInput", "matrix_table", "results_table", "write_matrix", "write_report"]

@@ -266,12 +266,12 @@ def _page(report: ReportInput) -> str:
     results = report.results
     systems = {s.model: s.system for s in results.systems}
     return (
-        _environment(html=True)
+        environment(html=True)
         .get_template("page.html.jinja")
         .render(
             **_shared(report),
-            css=Markup(_source("page.css")),  # noqa: S704  our own files
-            js=Markup(_source("page.js")),  # noqa: S704
+            css=Markup(source("page.css")),  # noqa: S704  our own files
+            js=Markup(source("page.js")),  # noqa: S704
             slopes=slope_chart(results),
             curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
             episodes=[episode_view(*shown, systems) for shown in report.episodes],
@@ -280,7 +280,7 @@ def _page(report: ReportInput) -> str:
 
 
 def _markdown(report: ReportInput) -> str:
-    return _environment(html=False).get_template("report.md.jinja").render(**_shared(report))
+    return environment(html=False).get_template("report.md.jinja").render(**_shared(report))
 
 
 def _shared(report: ReportInput) -> dict[str, Any]:
@@ -305,19 +305,21 @@ def _shared(report: ReportInput) -> dict[str, Any]:
 
 
 @cache
-def _environment(*, html: bool) -> Environment:
-    environment = Environment(
-        loader=FunctionLoader(_source),
+def environment(*, html: bool) -> Environment:
+    """Templates of this folder; escaping is on for pages."""
+    made = Environment(
+        loader=FunctionLoader(source),
         autoescape=html,  # noqa: S701  Markdown escapes what can break its tables itself
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _markdown_cell
-    return environment
+    made.filters["cell"] = _markdown_cell
+    return made
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """A file of this folder."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
