@@ -117,7 +117,8 @@ class VLLMServers:
             if math.isclose(plain, scaled, rel_tol=1e-4, abs_tol=1e-6):
                 raise RolloutError(
                     f"{url}: reports log-probabilities before the temperature ({self.temperature:g}) is applied; "
-                    "start it with --logprobs-mode processed_logprobs, or set vllm_importance: none"
+                    "start it with --logprobs-mode processed_logprobs (`serve vllm --logprobs processed`), or set "
+                    "vllm_importance: none"
                 )
 
     def load(self, version: Version) -> None:
