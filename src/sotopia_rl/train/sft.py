@@ -65,7 +65,7 @@ def train_sft(
         eval_rows = encode_rows(tokenizer, held_out, max_length=settings.max_length, reply=reply_text)
         set_seed(settings.seed)
         model = load_base(base, tokenizer, settings)
-        trainer = _make_trainer(model, tokenizer, settings, run, train_rows=train_rows, eval_rows=eval_rows)
+        trainer = make_trainer(model, tokenizer, settings, run, train_rows=train_rows, eval_rows=eval_rows)
         watch = KeepBest(run, saver(trainer.model), patience=settings.patience)
         train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), *([watch] if eval_rows else [])])
         use_best = settings.keep == "best" and bool(eval_rows)
@@ -83,7 +83,7 @@ def train_sft(
     return target
 
 
-def _make_trainer(
+def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: SFTSettings,
@@ -101,14 +101,14 @@ def _make_trainer(
             padding_free=settings.packing != "none",
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=_training_rows(train_rows, settings),
+        train_dataset=training_rows(train_rows, settings),
         eval_dataset=language_rows(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=lora_config(settings, "CAUSAL_LM") if settings.tuning == "lora" else None,
     )
 
 
-def _training_rows(encoded: list[Encoded], settings: SFTSettings) -> Dataset:
+def training_rows(encoded: list[Encoded], settings: SFTSettings) -> Dataset:
     """The rows, several to one where they are packed: whole, and with their lengths, which set their limits."""
     rows = language_rows(encoded)
     if settings.packing != "packed":
