@@ -68,6 +68,45 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 
 
+DIVIDED = """
+import os, sys
+from pathlib import Path
+import torch
+from peft import PeftModel, load_peft_weights
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from sotopia_rl.train.adapters import saver
+
+base, adapter, out = map(Path, sys.argv[1:4])
+mesh = init_device_mesh("cpu", (2,))
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+for layer in model.get_base_model().model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+os.environ["ACCELERATE_USE_FSDP"] = "true"
+saver(model)(out)
+torch.distributed.barrier()
+ours, theirs = load_peft_weights(str(out)), load_peft_weights(str(adapter))
+assert ours.keys() == theirs.keys()
+assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_weights_that_are_divided_among_processes_are_saved_whole(
+    base: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    """PyTorch's fully_shard by itself: accelerate runs no FSDP on CPUs."""
+    (tmp_path / "script.py").write_text(DIVIDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "script.py"), str(base), str(sft_adapter), str(tmp_path / "saved")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_two_processes_learn_what_one_with_their_global_batch_learns(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import DataError, TrainingError
@@ -24,7 +25,7 @@ from sotopia_rl.train.batches import padded_inputs
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import fingerprint, read_json, write_json
 from sotopia_rl.train.loading import load_base
-from sotopia_rl.train.processes import is_main
+from sotopia_rl.train.processes import is_main, weights_are_divided
 
 POLICY, REFERENCE, REWARD = "default", "ref", "reward"
 BASE_NOTE = "base.json"
@@ -62,16 +63,42 @@ def check_base(adapter: Path, base: Path) -> None:
 def saver(model: PreTrainedModel | PeftModel, *adapters: str) -> Callable[[Path], None]:
     """Saves a model's adapters, all or those that are named, or the whole model where it has none.
 
-    Never with them the base's embeddings, which PEFT would add where a padding token made them longer.
+    Never with them the base's embeddings, which PEFT would add where a padding token made them longer. Every process
+    calls it, and the main one writes: weights that are divided among them are put together first.
     """
     options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     if adapters:
         options["selected_adapters"] = list(adapters)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder, **options)
+        state = whole_state(model) if weights_are_divided() else None
+        if is_main():
+            model.save_pretrained(folder, **options, **({} if state is None else {"state_dict": state}))
 
     return save
+
+
+def whole_state(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """The weights that are saved, whole and on the CPU, where FSDP or ZeRO-3 have divided them among the processes.
+
+    Every process must call it: it is a conversation between all of them.
+    """
+    adapted = isinstance(model, PeftModel)
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {
+        name: _whole(parameter).cpu()
+        for name, parameter in parameters
+        if not adapted or "lora_" in name or "modules_to_save" in name
+    }
+
+
+def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):  # DeepSpeed's mark
+        import deepspeed  # noqa: PLC0415 - optional
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def template_of(adapter: Path) -> Path | None:

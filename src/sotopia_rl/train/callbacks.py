@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sotopia_rl.errors import TrainingError
 from sotopia_rl.train.folder import COMPLETE, RunFolder, checkpoint_step, read_json, write_json, write_text
-from sotopia_rl.train.processes import is_main, main_first, wait_for_all
+from sotopia_rl.train.processes import from_main, is_main, main_first, wait_for_all
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
@@ -88,7 +88,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         """Compare the newest value with all before it."""
         values = [self.sign * entry[self.metric] for entry in state.log_history if self.metric in entry]
         best = max(range(len(values)), key=lambda place: (values[place], -place))
-        if best == len(values) - 1 and state.is_world_process_zero:
+        if best == len(values) - 1:
             keep_as_best(
                 self.run, self.save, step=state.global_step, metric=self.metric, value=self.sign * values[best]
             )
@@ -97,12 +97,13 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
 
 def keep_as_best(run: RunFolder, save: Callable[[Path], None], *, step: int, metric: str, value: float) -> None:
-    """Replace the best weights, in the main process; a kill leaves the old ones or the new ones."""
+    """Replace the best weights, called in every process; a kill leaves the old ones or the new ones."""
+    part = run.path / "best.part"
+    if is_main():
+        shutil.rmtree(part, ignore_errors=True)
+    save(part)
     if not is_main():
         return
-    part = run.path / "best.part"
-    shutil.rmtree(part, ignore_errors=True)
-    save(part)
     write_json(part / "best.json", {"step": step, "metric": metric, "value": value})
     shutil.rmtree(run.best, ignore_errors=True)
     part.rename(run.best)
@@ -131,21 +132,17 @@ def write_result(
     run: RunFolder, name: str, save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, *, use_best: bool
 ) -> Path:
     """Write the run's result under `name`, from the best weights or from the current ones, for every process."""
-    if is_main():
-        _write_result(run, name, save, tokenizer, use_best=use_best)
-    wait_for_all()
-    return run.path / name
-
-
-def _write_result(
-    run: RunFolder, name: str, save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, *, use_best: bool
-) -> None:
     target, part = run.path / name, run.path / f"{name}.part"
-    for folder in (target, part):
-        shutil.rmtree(folder, ignore_errors=True)
-    if use_best and run.best.is_dir():
-        shutil.copytree(run.best, part)
-    else:
+    copy_best = use_best and from_main(run.best.is_dir)
+    if is_main():
+        for folder in (target, part):
+            shutil.rmtree(folder, ignore_errors=True)
+    if not copy_best:
         save(part)
-    tokenizer.save_pretrained(part)
-    part.rename(target)
+    if is_main():
+        if copy_best:
+            shutil.copytree(run.best, part)
+        tokenizer.save_pretrained(part)
+        part.rename(target)
+    wait_for_all()
+    return target

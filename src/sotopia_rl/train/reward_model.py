@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from sotopia_rl.dataset import RewardRow, read_rows
-from sotopia_rl.errors import DataError
+from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.train.adapters import COMBINED, saver, write_base_note
 from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
@@ -38,7 +38,7 @@ from sotopia_rl.train.loading import (
     trainer_arguments,
     training_session,
 )
-from sotopia_rl.train.processes import is_main
+from sotopia_rl.train.processes import is_main, weights_are_divided
 from sotopia_rl.train.publish import conclude, publish
 from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
@@ -70,6 +70,10 @@ def train_reward_model(
     """
     paths = {"rows": rows, "base": base, "template": settings.template_path}
     run = claim(out, "rm", settings, fingerprints(**paths), resume=resume)
+    if weights_are_divided():
+        raise ConfigError(
+            "the reward model's report needs whole weights; use configs/accelerate/ddp.yaml or zero2.yaml"
+        )
     if run.finished:
         publish(run, run.path / "adapter", settings)
         return run.path / "adapter"
