@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,7 +42,7 @@ from sotopia_rl.train.sft import train_sft
 from sotopia_rl.train.tiny import tiny_model, tiny_tokenizer
 
 SHAPE = TinyModelSettings(
-    vocabulary=2048, hidden_size=384, layers=6, heads=6, key_value_heads=2, mlp_size=1024, context_length=8192
+    vocabulary=600, hidden_size=384, layers=3, heads=6, key_value_heads=2, mlp_size=1024, context_length=8192
 )
 SENTENCE = (
     "the lamp is yours if I may keep the old desk and we could share the cost of moving both of them on a day that "
@@ -75,7 +76,7 @@ def talks(count: int, rng: random.Random) -> list[RewardRow]:
 
 
 def make_base(rows: list[RewardRow], folder: Path) -> Path:
-    """A random Llama of about ten million parameters, with a tokenizer trained on the rows."""
+    """A random Llama of five million parameters, with a tokenizer that makes about three characters a token."""
     tokenizer = tiny_tokenizer([row.prompt[-1].content + row.completion[0].content for row in rows], SHAPE.vocabulary)
     tiny_model(tokenizer, SHAPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -126,7 +127,8 @@ def memory(name: str, config: LlamaConfig | Qwen2Config, dtype: torch.dtype) -> 
         shared.add_adapter(REFERENCE, adapter("CAUSAL_LM"))
         shared.add_adapter(REWARD, adapter("CAUSAL_LM"))
         alone = get_peft_model(AutoModelForCausalLM.from_config(config, dtype=dtype), adapter("CAUSAL_LM"))
-        classifier = AutoModelForSequenceClassification.from_config(config, num_labels=1, dtype=dtype)
+        config.num_labels = 1
+        classifier = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         reward = get_peft_model(classifier, adapter("SEQ_CLS"))
     head = 4 * config.hidden_size
     ours, three = parameter_bytes(shared) + head, 2 * parameter_bytes(alone) + parameter_bytes(reward)
@@ -151,11 +153,13 @@ def rewards(rows: Path, base: Path, scratch: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=6, help="measured steps per way of batching (default: %(default)s)"
+        "--steps", type=int, default=4, help="measured steps per way of batching (default: %(default)s)"
     )
     parser.add_argument("--talks", type=int, default=24)
     args = parser.parse_args()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         data = talks(args.talks, random.Random(0))
