@@ -242,7 +242,7 @@ def test_a_request_may_ask_for_more_or_fewer_candidates_within_the_limit():
         assert len(policy.bodies) == 5
         status, body, _ = server.post(CHAT, ASK | {"best_of": 6})
     assert status == 400
-    assert "best_of 6 is above this server's limit of 5" in body["error"]["message"]
+    assert "6 candidates are above this server's limit of 5" in body["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,11 @@ def test_a_request_may_ask_for_more_or_fewer_candidates_within_the_limit():
         ({"temperature": 3}, "temperature: "),
         ({"temperature": "0.5"}, "temperature: "),
         ({"max_tokens": 0}, "max_tokens: "),
-        ({"n": 3}, "n 3 is above the number of candidates, 2"),
+        ({"n": 3, "best_of": 2}, "n 3 is above best_of 2"),
+        ({"n": 2, "temperature": 0}, "n 2 at temperature 0"),
         ({"n": True}, "n: "),
         ({"tools": []}, "tools: Extra inputs are not permitted"),
-        ({"response_format": {"type": "json_schema"}}, "response_format: "),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"seed": 2**70}, "seed: "),
     ],
 )

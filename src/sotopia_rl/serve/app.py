@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 from sotopia_rl import __version__
 from sotopia_rl.episode import Sampling, Usage
-from sotopia_rl.serve.best_of_n import AnswerError, BestOfN, Candidate, Choice
+from sotopia_rl.serve.best_of_n import AnswerError, BestOfN, BestOfNSettings, Candidate, Choice
 from sotopia_rl.serve.guard import RETRY_AFTER, Guard, Metrics
 from sotopia_rl.serve.protocol import (
     AssistantMessage,
@@ -59,6 +59,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "The policy or the reward model cannot be had; see Retry-After", "model": ErrorBody},
     504: {"description": "The policy did not answer in time", "model": ErrorBody},
 }
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def build_app(chooser: BestOfN, metrics: Metrics, *, key: str | None = None) -> FastAPI:
@@ -87,7 +89,7 @@ def build_app(chooser: BestOfN, metrics: Metrics, *, key: str | None = None) -> 
             message = f"there is no model {name!r}, only {settings.served_name!r}"
             raise AnswerError(message, status=404, code="model_not_found")
 
-    @app.post("/v1/chat/completions", responses=_ERRORS, response_model=ChatResponse)
+    @app.post("/v1/chat/completions", responses=_ERRORS | _STREAM, response_model=ChatResponse)
     async def chat_completions(request: ChatRequest) -> Any:
         check_model(request.model)
         choice = await _choose(chooser, request)
@@ -117,21 +119,22 @@ def build_app(chooser: BestOfN, metrics: Metrics, *, key: str | None = None) -> 
         text = prometheus_client.generate_latest(metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    _document(app)
+    _document(app, settings)
     return app
 
 
 async def _choose(chooser: BestOfN, request: ChatRequest) -> Choice:
     settings = chooser.settings
-    candidates = request.best_of or settings.candidates
+    candidates = request.best_of or max(settings.candidates, request.n)
+    temperature = settings.temperature if request.temperature is None else request.temperature
     if candidates > settings.max_candidates:
-        message = f"best_of {candidates} is above this server's limit of {settings.max_candidates}"
-        raise AnswerError(message, status=400, code="invalid_request")
+        raise _wrong(f"{candidates} candidates are above this server's limit of {settings.max_candidates}")
     if request.n > candidates:
-        message = f"n {request.n} is above the number of candidates, {candidates}"
-        raise AnswerError(message, status=400, code="invalid_request")
+        raise _wrong(f"n {request.n} is above best_of {candidates}")
+    if request.n > 1 and temperature == 0:
+        raise _wrong(f"n {request.n} at temperature 0: a greedy policy has only one reply")
     sampling = Sampling(
-        temperature=settings.temperature if request.temperature is None else request.temperature,
+        temperature=temperature,
         top_p=request.top_p,
         max_tokens=request.max_completion_tokens or request.max_tokens or settings.max_tokens,
     )
@@ -146,6 +149,10 @@ async def _choose(chooser: BestOfN, request: ChatRequest) -> Choice:
         message = f"the {candidates} candidates hold {len(choice.valid)} different valid replies, {request.n} are asked"
         raise AnswerError(message, status=502, code="too_few_valid_candidates")
     return choice
+
+
+def _wrong(message: str) -> AnswerError:
+    return AnswerError(message, status=400, code="invalid_request")
 
 
 def _answer(request: ChatRequest, choice: Choice, model: str, outputs: Sequence[str]) -> ChatResponse:
@@ -249,11 +256,16 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(500, message, "internal_error"), 500)
 
 
-def _document(app: FastAPI) -> None:
-    """Take FastAPI's own 422 out of the schema: wrong requests are answered with 400 here."""
+def _document(app: FastAPI, settings: BestOfNSettings) -> None:
+    """Make the OpenAPI schema say what this server takes, and take FastAPI's own 422 out of it: here it is 400."""
     schema = app.openapi()
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    parts = schema["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        schema["components"]["schemas"].pop(name, None)
+        parts.pop(name, None)
+    fields = parts["ChatRequest"]["properties"]
+    fields["model"]["enum"] = [settings.served_name]
+    fields["n"]["maximum"] = fields["best_of"]["anyOf"][0]["maximum"] = settings.max_candidates
+    parts["ScoreRequest"]["properties"]["model"]["anyOf"][0]["enum"] = [settings.served_name]

@@ -9,13 +9,23 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sotopia_rl.models import JsonSchema, Message
 
 MAX_MESSAGES = 1024
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is 2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+TokenLimit = Annotated[int, Field(gt=0, le=1_000_000), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
+Count = Annotated[int, Field(gt=0, le=1024), BeforeValidator(_whole)]
 Text = Annotated[str, Field(max_length=1_000_000)]
 
 
@@ -59,15 +69,13 @@ class NamedSchema(RequestBody):
         return schema
 
 
-class ResponseFormat(RequestBody):
-    type: Literal["text", "json_schema"]
-    json_schema: NamedSchema | None = None
+class TextFormat(RequestBody):
+    type: Literal["text"]
 
-    @model_validator(mode="after")
-    def _schema_is_there(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema stands with type json_schema, and only there")
-        return self
+
+class SchemaFormat(RequestBody):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
 
 
 class StreamOptions(RequestBody):
@@ -81,24 +89,24 @@ class ChatRequest(RequestBody):
     messages: Messages
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
-    max_completion_tokens: int | None = Field(default=None, gt=0, le=1_000_000)
-    n: int = Field(default=1, gt=0, le=128)
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    n: Count = 1
     """The n best candidates are returned, all different."""
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    response_format: ResponseFormat | None = None
+    seed: Seed | None = None
+    response_format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    best_of: int | None = Field(default=None, gt=0, le=1024)
-    """Candidates for this request, instead of the server's own number."""
+    best_of: Count | None = None
+    """Candidates for this request; by default the server's own number, or `n` where that is more."""
     return_scores: bool = False
     """Add all candidates with their scores as `best_of_n`."""
 
     @property
     def schema_of_reply(self) -> JsonSchema | None:
-        found = self.response_format.json_schema if self.response_format else None
-        return found.json_schema if found else None
+        wish = self.response_format
+        return wish.json_schema.json_schema if isinstance(wish, SchemaFormat) else None
 
 
 class ScoreItem(RequestBody):
