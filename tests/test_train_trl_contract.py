@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from sotopia_rl.train.adapters import load_policy
 from sotopia_rl.train.data import encode_rows
 from sotopia_rl.train.loading import load_tokenizer
-from sotopia_rl.train.trl_grpo import prompt_rows
+from sotopia_rl.train.trl_grpo import GAP, prompt_rows
 from sotopia_rl.train.utterance_reward import PROMPT_IDS
 from training_rows import reward_rows
 from training_settings import GRPO
@@ -100,3 +101,30 @@ def test_without_an_adapter_named_ref_the_reference_is_the_base() -> None:
 
 def test_rows_keep_what_is_asked_of_them() -> None:
     assert isinstance(prompt_rows([]), Dataset)
+
+
+def test_completions_come_from_vllm_generation_where_use_vllm_is_true() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    for piece in (
+        "if self.use_vllm:",
+        "if self.state.global_step != self._last_loaded_step:",
+        "self.vllm_generation.sync_weights()",
+        "_, completion_ids, logprobs, _ = self.vllm_generation.generate(",
+        "[[lp[0] for lp in seq] for seq in logprobs]",
+    ):
+        assert piece in source, TRL_CHANGED + f"{piece!r} in _generate_single_turn"
+    wanted = ["prompts", "images", "num_generations", "profiler"]
+    assert all(f"{name}=" in source for name in wanted), TRL_CHANGED + "what vllm_generation.generate is given"
+
+
+def test_the_importance_ratio_reaches_the_loss_and_the_log() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert f'self._metrics[mode]["{GAP}"].append' in source, TRL_CHANGED + GAP
+    assert "(old_per_token_logps - sampling_per_token_logps) * mask" in source, TRL_CHANGED + "the importance ratio"
+    loss = inspect.getsource(GRPOTrainer._compute_loss)
+    assert 'per_token_loss * inputs["importance_sampling_ratio"]' in loss, TRL_CHANGED + "the corrected loss"
+
+
+def test_a_checkpoint_can_be_written_between_steps() -> None:
+    parameters = list(inspect.signature(Trainer._save_checkpoint).parameters)
+    assert parameters == ["self", "model", "trial"], "transformers changed Trainer._save_checkpoint"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from jinja2 import TemplateError
 from peft import LoraConfig
@@ -21,16 +19,19 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from sotopia_rl.errors import ConfigError, DataError, MissingExtraError, TrainingError
+from sotopia_rl.errors import ConfigError, DataError, MissingExtraError
 from sotopia_rl.train import processes
 from sotopia_rl.train.config import AdapterSettings, TrainerSettings
 from sotopia_rl.train.folder import RunFolder
-from sotopia_rl.train.publish import check_publishing
-from sotopia_rl.train.trackers import tracking
+
+NEW_NAME = "activation_checkpointing"
+CHECKPOINTING = NEW_NAME if NEW_NAME in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+"""The option's name up to transformers 5.19, which is the newest that vLLM 0.32 installs beside."""
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
@@ -85,7 +86,7 @@ def load_tokenizer(folder: Path, template: Path | None = None) -> PreTrainedToke
     if tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _unused_special_token(tokenizer)
+        tokenizer.add_special_tokens({"pad_token": _unused_special_token(tokenizer)})
     return tokenizer
 
 
@@ -229,7 +230,7 @@ def trainer_arguments(settings: TrainerSettings, run: RunFolder, *, evaluate: bo
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size * (2 if evaluate else 1),
         "gradient_accumulation_steps": getattr(settings, "accumulation", 1),
-        "activation_checkpointing": getattr(settings, "gradient_checkpointing", False),
+        CHECKPOINTING: getattr(settings, "gradient_checkpointing", False),
         "use_cpu": on_cpu,
         "bf16": not on_cpu and dtype_of(settings) is torch.bfloat16,
         "fp16": False,
@@ -252,75 +253,6 @@ def duration(settings: TrainerSettings) -> dict[str, float]:
         warmup = round(settings.warmup_share * settings.max_steps)
         return {"max_steps": settings.max_steps, "warmup_steps": warmup}
     return {"max_steps": -1, "num_train_epochs": settings.num_epochs, "warmup_steps": settings.warmup_share}
-
-
-@contextmanager
-def training_session(run: RunFolder, settings: TrainerSettings) -> Iterator[None]:
-    """Keep the libraries' own bars and known noise out, and say what to do when disk or memory is full.
-
-    Raises:
-        MissingExtraError: A tracker's package, or the hub's client, is not installed.
-        TrainingError: Instead of the libraries' own errors for these two; nothing saved so far is lost.
-    """
-    check_publishing(settings)
-    bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings(), tracking(run, settings):
-            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True` as")  # in checkpoints
-            # peft 0.21 asks transformers 5.23 for a property by its old name.
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-            )
-            yield
-    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        if _is_out_of_memory(error):
-            raise TrainingError(f"{_memory_name(error)} is out of memory; {_smaller(settings)}; then resume") from error
-        if _is_disk_full(error):
-            raise TrainingError(f"{run.path}: the disk is full; make room and resume") from error
-        raise
-    finally:
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if bars[1]:
-            datasets.enable_progress_bars()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, which torch has an error for, or of the machine, where its allocator raises RuntimeError."""
-    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or allocator
-
-
-def _memory_name(error: BaseException) -> str:
-    return "the GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
-
-
-def _smaller(settings: TrainerSettings) -> str:
-    """Which settings of this stage to change so that it needs less memory, the cheapest first."""
-    known, advice = type(settings).model_fields, []
-    if "accumulation" in known:
-        advice.append(f"lower batch_size ({settings.batch_size}) and raise accumulation")
-    else:
-        advice.append(f"lower batch_size ({settings.batch_size})")
-    lengths = [name for name in ("max_length", "max_prompt_length", "max_completion_length") if name in known]
-    advice.append(f"lower {' or '.join(lengths)}")
-    if getattr(settings, "gradient_checkpointing", True) is False:
-        advice.append("set gradient_checkpointing: true")
-    if getattr(settings, "quantise", "nf4") == "none" and getattr(settings, "tuning", "lora") == "lora":
-        advice.append("set quantise: nf4")
-    return ", ".join(advice)
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            return True
-        if any(hint in str(error) for hint in ("No space left", "File too large", "file write failed")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from sotopia_rl.errors import ConfigError, MissingExtraError, RolloutError
-from sotopia_rl.train.adapters import POLICY
+from sotopia_rl.train.adapters import POLICY, whole_state
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.folder import RunFolder, read_json
 from sotopia_rl.train.processes import is_main
@@ -155,7 +155,7 @@ class PublishedPolicies:
         own = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:8]
         return cls(settings.vllm_adapter_folder or run.path / "served", f"grpo-{own}-")
 
-    def publish(self, label: str, save: Callable[[Path], None]) -> Version:
+    def publish(self, label: str, save: Callable[[Path], object]) -> Version:
         """Write a policy; its folder is either whole or absent, and older ones go.
 
         Args:
@@ -219,7 +219,7 @@ class ServerRollouts:
         if self.version is not None and step - self._published_at < self.sync_every:
             return
         with self._timed("sync_seconds"):
-            weights = policy_weights(self.model)
+            weights = whole_state(self.model)  # a conversation between all processes
             self.version = self._on_first(lambda: self._publish(weights, step))
         self._published_at = step
 
@@ -327,26 +327,3 @@ def _adapted(model: PeftModel) -> list[torch.Tensor]:
     layers = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
     weights = [layer.weight.data for layer in layers]
     return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-
-
-def policy_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The policy's weights, gathered where they are spread over processes (each of which must call this)."""
-    named = {name: parameter for name, parameter in model.named_parameters() if f".{POLICY}." in name}
-    with _gathered(list(named.values())):
-        return {name: _whole(parameter.detach()).cpu().clone() for name, parameter in named.items()}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def _gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Under DeepSpeed ZeRO-3 each process holds a part of a parameter only."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed  # noqa: PLC0415 - only there where it is in use
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
-    else:
-        yield

@@ -44,8 +44,6 @@ METRIC_NAMES: dict[str, str | None] = {
     "completions/min_terminated_length": None,
     "completions/max_terminated_length": None,
     "frac_reward_zero_std": "groups_without_signal",
-    "rewards/value/mean": None,  # the one output of a reward model without dimensions is the reward
-    "rewards/value/std": None,
     "clip_ratio/low_mean": None,
     "clip_ratio/low_min": None,
     "clip_ratio/high_mean": None,
@@ -61,8 +59,18 @@ METRIC_NAMES: dict[str, str | None] = {
 GAP = "sampling/sampling_logp_difference/mean"
 
 
+def metric_names(outputs: Sequence[str]) -> dict[str, str | None]:
+    """Our names for TRL's metrics, those of the reward model's outputs among them; None leaves one out."""
+    named: dict[str, str | None] = {}
+    for output in outputs:
+        alone = len(outputs) == 1  # then it is the reward, which has its curve already
+        named[f"rewards/{output}/mean"] = None if alone else f"reward_{output}"
+        named[f"rewards/{output}/std"] = None if alone else f"reward_{output}_std"
+    return METRIC_NAMES | named
+
+
 class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
-    """GRPOTrainer with a choice of reference policy, and without a model card in every checkpoint."""
+    """GRPOTrainer with a choice of reference policy and of what samples, and without a card in every checkpoint."""
 
     use_vllm: bool
     vllm_generation: Any
@@ -75,7 +83,6 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
         super().__init__(*args, **kwargs)
         if reference_is_base and REFERENCE in self.model.peft_config:
             self.model.delete_adapter(REFERENCE)
-
         if self.use_vllm:
             self.vllm_generation = ColocatedRollouts(self.vllm_generation, self.model, self.report)
 
