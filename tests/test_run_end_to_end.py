@@ -12,14 +12,14 @@ import pytest
 
 TOY = """
 name: toy
-world: {train_matches: 60, held_out_matches: 8, families: [price]}
+world: {train_matches: 60, held_out_matches: 8, validation_matches: 4, families: [price]}
 cast: {speakers: {scripted/fair: 1, scripted/generous: 1}}
 simulate: {prompt_profile: compact, max_turns: 8}
 base: {tiny: {max_steps: 120, save_every: 40, hidden_size: 64, layers: 2, mlp_size: 128, vocabulary: 700}}
 sft: {max_steps: 6, save_every: 2, eval_every: 6, batch_size: 4, learning_rate: 1.0e-3, max_length: 400}
 rm: {max_steps: 6, save_every: 2, eval_every: 6, batch_size: 4, learning_rate: 1.0e-3, max_length: 400}
 grpo:
-  {max_steps: 3, save_every: 1, prompts_per_step: 2, num_generations: 2, batch_size: 4, max_prompt_length: 400,
+  {max_steps: 3, save_every: 1, eval_every: 1, prompts_per_step: 2, num_generations: 2, batch_size: 4, max_prompt_length: 400,
    max_completion_length: 24, gate_min_spearman: null, on_collapse: ignore}
 evaluate: {partners: [scripted/fair], max_tokens: 40, shown_episodes: 2}
 """

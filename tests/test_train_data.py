@@ -27,8 +27,9 @@ class Letters:
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) + 1 for letter in text]}
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> dict[str, list[int]]:
-        return self("".join(message["content"] for message in conversation) + "\n", add_special_tokens=False)
+    def apply_chat_template(self, conversations: Any, **options: Any) -> dict[str, list[list[int]]]:
+        texts = ["".join(message["content"] for message in one) + "\n" for one in conversations]
+        return {"input_ids": [self(text, add_special_tokens=False)["input_ids"] for text in texts]}
 
 
 def row_at(actions: list[Action], profile: str) -> tuple[PromptRow, list[str]]:
