@@ -1,8 +1,12 @@
 """GRPO with vLLM beside it: a stand-in server that samples from the real adapters, over real HTTP."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from fake_vllm import FakeVLLM, Sample
 from sotopia_rl.errors import ConfigError, MissingExtraError, RolloutError
+from sotopia_rl.train.adapters import load_policy
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.folder import RunFolder, read_metrics
 from sotopia_rl.train.grpo import train_grpo
 from sotopia_rl.train.loading import load_tokenizer
-from sotopia_rl.train.rollout import PublishedPolicies, prepare_rollouts
+from sotopia_rl.train.rollout import ColocatedRollouts, PublishedPolicies, prepare_rollouts
 from training_settings import GRPO
 
 Train = Callable[..., Path]
@@ -224,3 +229,80 @@ def test_merging_into_four_bits_is_refused(base: Path, sft_adapter: Path, tmp_pa
     settings = GRPO.model_copy(update={"rollouts": "vllm_colocate", "quantise": "nf4"})
     with pytest.raises(ConfigError, match="four-bit weights do not survive"):
         prepare_rollouts(settings, base, sft_adapter, load_tokenizer(base), RunFolder(tmp_path))
+
+
+# --- colocated -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MergesLikeTRL:
+    """What TRL's vLLM backend does to the model when weights are copied over."""
+
+    model: PeftModel
+
+    def sync_weights(self) -> None:
+        self.model.merge_adapter()
+        self.model.unmerge_adapter()
+
+
+def test_the_frozen_base_survives_the_merging_of_a_colocated_vllm(base: Path, sft_adapter: Path) -> None:
+    settings = GRPO.model_copy(update={"dtype": "bfloat16"})
+    model = load_policy(base, sft_adapter, load_tokenizer(base), settings)
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+
+    def changed() -> list[str]:
+        return [name for name, p in model.named_parameters() if not torch.equal(p, frozen[name])]
+
+    seconds: dict[str, float] = {}
+    rollouts = ColocatedRollouts(MergesLikeTRL(model), model, seconds.__setitem__)
+    for _ in range(2):
+        rollouts.sync_weights()
+        assert not changed()
+    assert list(seconds) == ["sync_seconds"]
+    MergesLikeTRL(model).sync_weights()
+    assert changed(), "it is not for nothing"
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+TWO = """
+import sys
+from pathlib import Path
+from training_settings import GRPO
+from sotopia_rl.train.adapters import load_policy
+from sotopia_rl.train.config import GRPOSettings
+from sotopia_rl.train.grpo import train_grpo
+
+rows, base, sft, rm, out = map(Path, sys.argv[2:])
+given = {"rollouts": "vllm_server", "vllm_urls": [sys.argv[1]], "vllm_retries": 0, "max_completion_length": 4}
+given |= {"batch_size": 4, "max_steps": 2, "save_every": 50}
+settings = GRPOSettings.model_validate({**GRPO.model_dump(), **given})
+train_grpo(rows, base, sft, rm, settings, out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_each_for_itself_and_fail_together(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    inputs = map(str, (rows, base, sft_adapter, reward_adapter, tmp_path / "run"))
+    command = [*launcher, str(tmp_path / "two.py"), "URL", *inputs]
+
+    def launch(server: FakeVLLM) -> subprocess.CompletedProcess[str]:
+        found = [server.url if word == "URL" else word for word in command]
+        return subprocess.run(found, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+    with FakeVLLM(sample=sampler(base), faults=["", "", "", "", "500"]) as first:  # of one process, in the second step
+        failed = launch(first)
+    assert failed.returncode != 0
+    assert failed.stderr.count(f"RolloutError: {first.url}: HTTP 500") >= 2, "both processes say why"
+    assert (tmp_path / "run/checkpoints/checkpoint-1/COMPLETE").is_file()
+    with FakeVLLM(sample=sampler(base)) as second:
+        done = launch(second)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [name.split("-")[2] for name in second.loaded] == ["start", "000001"], "one process publishes"
+    assert [request["n"] for request in second.requests] == [1, 4, 4]
+    assert all(line["logprob_gap"] < 1e-4 for line in steps(tmp_path / "run"))

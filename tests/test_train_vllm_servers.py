@@ -104,6 +104,16 @@ def test_a_server_that_gives_no_token_ids_is_not_asked_twice(version: Version) -
     assert len(fake.requests) == 1
 
 
+def test_a_refused_key_is_not_sent_again_and_its_variable_is_named(version: Version) -> None:
+    with FakeVLLM(faults=["401"]) as fake:
+        servers(fake).load(version)
+        with pytest.raises(
+            RolloutError, match=r"HTTP 401: .* \(key from SOTOPIA_RL_KEY_127_0_0_1_\d+, which is not set"
+        ):
+            servers(fake).sample(version, requests(1))
+    assert len(fake.requests) == 1
+
+
 def test_a_server_that_hangs_is_given_up_after_its_time(version: Version) -> None:
     with FakeVLLM(faults=["hang", "hang"]) as fake:
         patient = servers(fake, timeout_seconds=0.2, retries=1)

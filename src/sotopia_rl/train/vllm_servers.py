@@ -285,6 +285,8 @@ async def _exchange(endpoint: Endpoint, path: str, body: Any = None) -> Any:
         raise _Trouble(f"no connection ({_short(endpoint.redact(str(error) or type(error).__name__))})") from None
     words = _short(endpoint.redact(raw[:2000].decode("utf-8", "replace")))
     if response.status != 200:
+        if response.status in {401, 403}:
+            words += f" (key from {endpoint.variable}{'' if endpoint.has_key else ', which is not set'})"
         again = response.status in {404, 408, 409, 425, 429} or response.status >= 500
         raise _Trouble(f"HTTP {response.status}: {words}", again=again, lost=response.status == 404)
     try:
