@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sotopia_rl.episode import (
     Action,
@@ -111,6 +112,19 @@ def played(
                 cost = 1.0 if temperature else 0.0
                 ratings[one.id] = rating(one, skill=skill - cost, noise=1.5 if temperature else 0.5)
     return Played(system=system, manifest=over, episodes=episodes, ratings=ratings)
+
+
+def judged_by(p: Played, judge: str, *, skill: float, noise: float = 1.0, repeated: int = 0) -> Played:
+    """The same conversations as another judge sees them, the first `repeated` of them judged twice."""
+    rated = [e for e in p.episodes if e.failure is None]
+    ratings = {e.id: rating(e, skill=skill, noise=noise, judge=judge) for e in rated}
+    again = [
+        rating(e.model_copy(update={"id": f"{e.id}/again"}), skill=skill, noise=noise, judge=judge).model_copy(
+            update={"episode_id": e.id}
+        )
+        for e in rated[:repeated]
+    ]
+    return replace(p, ratings=ratings, repeats=again)
 
 
 def rewards(episode: Episode, *, seat: int | None = None) -> list[UtteranceReward]:

@@ -349,12 +349,21 @@ def publish(
     published: bool = False,
 ) -> None:
     """Compute the results of run folders, write them with their report, and show the table."""
+    from sotopia_rl.evaluate.contrast import contrasts
     from sotopia_rl.evaluate.folder import load_evaluation
     from sotopia_rl.report import ReportInput, results_table, write_report
+    from sotopia_rl.report.wording import headline_metric, headline_pair
 
     found = load_evaluation(runs)
     results = found.results(config=config, baseline=baseline)
-    page = ReportInput(results=results, title=found.manifest.name, provenance=found.provenance(), published=published)
+    a, b = headline_pair(results)
+    page = ReportInput(
+        results=results,
+        title=found.manifest.name,
+        contrasts=contrasts(found.panel, results, a, b, headline_metric(results)),
+        provenance=found.provenance(),
+        published=published,
+    )
     write_report(page, output)
     out.print(results_table(results))
     out.print(f"results {output / 'results.json'}\nreport  {output / 'report.html'}")

@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `style` is a class of the style sheet: `line`, `faint`, `dots`, `dashed`."""
+    """One series. `style` is a class of the style sheet: `line`, `faint`, `dots`, `cloud`, `dashed`."""
 
     label: str
     points: Sequence[Point]
@@ -102,6 +102,7 @@ def line_chart(
     x_label: str,
     y_range: tuple[float, float] | None = None,
     diagonal: bool = False,
+    described: str = "",
     width: int = 340,
     height: int = 200,
 ) -> Markup:
@@ -126,7 +127,7 @@ def line_chart(
         for line in lines
         if line.style in ("line", "dashed")
     ]
-    last = "; ".join(f"{line.label} ends at {number(line.points[-1][1])}" for line in lines if line.points)
+    last = described or "; ".join(f"{line.label} ends at {number(line.points[-1][1])}" for line in lines if line.points)
     return _tag(
         "svg",
         _tag("title", escape(f"{title}: {last}")),
@@ -153,9 +154,10 @@ def _axes(x: _Scale, y: _Scale, x_label: str, width: int, height: int) -> Iterat
 
 def _drawn(line: Line, x: _Scale, y: _Scale) -> Markup:
     colour = f"c{line.colour % 6}"
-    if line.style == "dots" or len(line.points) == 1:
-        dots = [_tag("circle", cx=x(px), cy=y(py), r=3.2) for px, py in line.points]
-        return _tag("g", *dots, class_=f"dots {colour}")
+    if line.style in {"dots", "cloud"} or len(line.points) == 1:
+        radius = 2.4 if line.style == "cloud" else 3.2
+        dots = [_tag("circle", cx=x(px), cy=y(py), r=radius) for px, py in line.points]
+        return _tag("g", *dots, class_=f"dots {line.style} {colour}")
     path = " ".join(f"{x(px)},{y(py)}" for px, py in line.points)
     return _tag("polyline", points=path, class_=f"{line.style} {colour}")
 
@@ -200,6 +202,50 @@ def _mark(span: Span, x: _Scale, middle: float, reach: float) -> Iterator[Markup
     if span.low is not None and span.high is not None:
         yield _tag("line", x1=inside(span.low), x2=inside(span.high), y1=middle, y2=middle, class_="whisker")
     yield _tag("circle", cx=inside(span.value), cy=middle, r=3.8)
+
+
+MAX_NAMED = 32
+"""Rows of a strip that still have their names beside them."""
+
+
+def strip(values: Sequence[tuple[str, float]], *, title: str, width: int = 340) -> Markup:
+    """One dot per name on a line from zero, from the smallest value above to the largest below."""
+    if not values:
+        return Markup("")
+    named = len(values) <= MAX_NAMED
+    row = 15.0 if named else max(2.0, 400 / len(values))
+    bottom = row * len(values) + 6
+    low, high = _padded([0.0, *(value for _, value in values)])
+    x = _Scale(low, high, 132 if named else 10, width - 10)
+    parts = [
+        _tag("line", x1=x(v), x2=x(v), y1=2, y2=bottom, class_="zero" if v == 0 else "grid")
+        for v in sorted({0.0, *round_ticks(low, high)})
+    ]
+    for place, (name, value) in enumerate(values):
+        middle = round(3 + row * (place + 0.5), 1)
+        side = "c0" if value > 0 else "c1" if value < 0 else "c5"
+        mark = [
+            _tag("title", escape(f"{name}: {value:+.2f}")),
+            _tag("line", x1=x(0), x2=x(value), y1=middle, y2=middle, class_="stem"),
+            _tag("circle", cx=x(value), cy=middle, r=3.4 if named else min(3.0, row)),
+        ]
+        parts.append(_tag("g", *mark, class_=f"dots {side}"))
+        if named:
+            parts.append(_tag("text", escape(_short(name, 20)), x=124, y=middle + 3.5, class_="tick end"))
+    parts += [
+        _tag(
+            "text",
+            escape(f"{v:+g}".replace("-", "\N{MINUS SIGN}") if v else "0"),
+            x=x(v),
+            y=bottom + 14,
+            class_="tick middle",
+        )
+        for v in round_ticks(low, high)
+    ]
+    better = sum(value > 0 for _, value in values)
+    described = f"{title}: above zero in {better} of {len(values)}"
+    size = f"0 0 {width} {bottom + 18:g}"
+    return _tag("svg", *parts, viewBox=size, class_="chart strip", role="img", aria_label=described)
 
 
 def slopes(systems: Sequence[tuple[str, float, float]], *, title: str, width: int = 340, height: int = 220) -> Markup:

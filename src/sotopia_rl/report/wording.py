@@ -132,6 +132,55 @@ def basis(results: Results) -> str:
     )
 
 
+def plan_text(row: Row, results: Results) -> str:
+    """What a comparison of this size can find, what a wanted difference takes, and what length has to do with it."""
+    named, played = label(row.metric).lower(), PLAYED[row.setting]
+    parts = []
+    if row.detectable is not None:
+        parts.append(
+            f"{played.capitalize()}, a true difference of {plain(row.detectable)} points of {named} would be found "
+            f"{results.config.power:.0%} of the time"
+        )
+        wanted = short(results.config.wanted_points)
+        if row.required_scenarios is not None:
+            parts.append(
+                f"to find {wanted} points so often takes {row.required_scenarios} scenarios with as many pairs in each "
+                f"(here: {row.num_scenarios})"
+            )
+    if row.equal_length is not None:
+        e = row.equal_length
+        parts.append(f"at equal words per utterance the difference is {effect(e.value, e.low, e.high)}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def tests_text(results: Results) -> str:
+    """How often this page asks whether there is a difference, and what that does to p-values."""
+    count = len(results.rows)
+    return (
+        f"This page tests {count} differences. Were there none at all, one in twenty plain p-values "
+        f"({0.05 * count:.0f} or so) would still fall below 0.05; Holm's allow for it within a table."
+    )
+
+
+def alpha_text(alpha: float | None, low: float | None, high: float | None) -> str:
+    """Krippendorff's alpha; undetermined where all scores are equal."""
+    return "all equal" if alpha is None else f"{plain(alpha)} {interval(low, high)}"
+
+
+def source_name(source: str) -> str:
+    """A source of spread for people."""
+    return source.replace(" x ", " \N{MULTIPLICATION SIGN} ")
+
+
+def sd_text(variance: float | None, low: float | None, high: float | None) -> str:
+    """A variance as a standard deviation in points; what was estimated below zero is shown as 0."""
+    if variance is None:
+        return "\N{EN DASH}"
+    value, *ends = (None if v is None else plain(max(0.0, v) ** 0.5) for v in (variance, low, high))
+    return f"{value} [{', '.join(map(str, ends))}]" if None not in ends else str(value)
+
+
 def split_sentence(d: Decomposition) -> str:
     """How much of a gain is better play and how much less sampling noise."""
     named = label(d.metric).lower()

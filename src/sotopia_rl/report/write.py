@@ -18,11 +18,14 @@ from markupsafe import Markup
 
 from sotopia_rl import __version__
 from sotopia_rl.episode import Episode, Rating, Seat, Turn, UtteranceReward
+from sotopia_rl.evaluate.contrast import Contrast
 from sotopia_rl.observe import goal_text, scenario_text
+from sotopia_rl.published import beside
 from sotopia_rl.report import wording
 from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
+from sotopia_rl.report.pictures import length_charts, scenario_charts
 from sotopia_rl.report.reward_model import reward_model_views
-from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, SystemSummary
+from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary
 
 Curve = Sequence[Mapping[str, Any]]
 """Lines of a `metrics.jsonl`: `step` and numbers."""
@@ -40,6 +43,7 @@ class ReportInput:
         reward_models: By name, the content of its `report.json`.
         gate_min_spearman: The rank correlation that GRPO asked of them; None where there was no gate.
         episodes: Shown in full, each with its rating and the rewards of its utterances (which may be empty).
+        contrasts: Matches shown side by side, as both systems of the leading comparison played them.
         provenance: Models, prompts, seeds, commands: names to values or to mappings of them.
         notes: Warnings printed on top.
         published: Set published figures beside these, marked as not paired.
@@ -51,6 +55,7 @@ class ReportInput:
     reward_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gate_min_spearman: float | None = None
     episodes: Sequence[tuple[Episode, Rating, Sequence[UtteranceReward]]] = ()
+    contrasts: Sequence[Contrast] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     published: bool = False
@@ -84,6 +89,7 @@ class ComparisonView:
     scores: Sequence[MetricView]
     guards: Sequence[MetricView]
     splits: Sequence[Decomposition]
+    headline: Sequence[Row]
     failed: Sequence[Row]
     """Headline rows with excluded pairs, for their bounds."""
 
@@ -145,6 +151,7 @@ def comparison_views(results: Results) -> list[ComparisonView]:
                 scores=[_metric_view(m, rows[m], reach, ticks=m == scores[-1]) for m in scores],
                 guards=[_metric_view(m, rows[m], _reach(rows[m]), ticks=False) for m in guards],
                 splits=[d for d in splits if d.metric in ("goal", "overall")],
+                headline=rows[wording.headline_metric(results)],
                 failed=[row for row in rows[wording.headline_metric(results)] if row.num_excluded],
             )
         )
@@ -262,6 +269,50 @@ def episode_view(
     return EpisodeView(episode, rating, turns, (first, second), scenario_text(match), goals)
 
 
+@dataclass(frozen=True)
+class DuelView:
+    """One match as both systems played it."""
+
+    name_a: str
+    name_b: str
+    metric: str
+    setting: Setting
+    score_a: float
+    score_b: float
+    difference: float
+    a: EpisodeView
+    b: EpisodeView
+
+
+def duel_view(c: Contrast, systems: Mapping[str, str]) -> DuelView:
+    """Both conversations of a contrast. `systems`: names by model string."""
+    a, b = (episode_view(*talk, (), systems) for talk in (c.a, c.b))
+    names = a.agents[a.seat], b.agents[b.seat]
+    return DuelView(*names, c.metric, c.setting, c.score_a, c.score_b, c.difference, a, b)
+
+
+@dataclass(frozen=True)
+class OwnFigure:
+    """A system's mean, to stand beside published ones."""
+
+    system: str
+    setting: Setting
+    metric: str
+    mean: float
+    num_pairs: int
+
+
+def own_figures(results: Results) -> list[OwnFigure]:
+    """Each system's mean of goal and overall, once per setting."""
+    found: dict[tuple[str, Setting, str], OwnFigure] = {}
+    for row in results.rows:
+        if row.metric in {"goal", "overall"}:
+            for system, mean in ((row.system_a, row.mean_a), (row.system_b, row.mean_b)):
+                figure = OwnFigure(system, row.setting, row.metric, mean, row.num_pairs)
+                found.setdefault((system, row.setting, row.metric), figure)
+    return list(found.values())
+
+
 def _page(report: ReportInput) -> str:
     results = report.results
     systems = {s.model: s.system for s in results.systems}
@@ -273,6 +324,8 @@ def _page(report: ReportInput) -> str:
             css=Markup(source("page.css")),  # noqa: S704  our own files
             js=Markup(source("page.js")),  # noqa: S704
             slopes=slope_chart(results),
+            pictures=[*scenario_charts(results), *length_charts(results)],
+            duels=[duel_view(contrast, systems) for contrast in report.contrasts],
             curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
             episodes=[episode_view(*shown, systems) for shown in report.episodes],
         )
@@ -299,6 +352,9 @@ def _shared(report: ReportInput) -> dict[str, Any]:
         "comparisons": comparison_views(results),
         "reward_models": models,
         "any_failures": any(s.failures for s in summaries),
+        "has_panel": bool(results.parts or results.agreement or results.judge_noise or results.spreads),
+        "published": beside(results.manifest) if report.published else [],
+        "own": own_figures(results),
         "provenance": report.provenance,
         "version": __version__,
     }

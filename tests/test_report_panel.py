@@ -1,0 +1,174 @@
+"""What a panel of judges, published figures and single conversations add to the page."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+
+from played_systems import judged_by, manifest, played
+from sotopia_rl.episode import Failure
+from sotopia_rl.errors import EvaluationError
+from sotopia_rl.evaluate import evaluate_panel
+from sotopia_rl.evaluate.contrast import contrasts
+from sotopia_rl.published import beside, published_results
+from sotopia_rl.report import ReportInput, write_report
+from sotopia_rl.report.charts import strip
+from sotopia_rl.report.wording import plan_text, sd_text
+from sotopia_rl.report.wording import tests_text as how_many_tests
+from sotopia_rl.results import METRICS
+from test_report import outline
+
+OVER = manifest()
+SKILL = {"sft": 4.0, "grpo": 6.0}
+TIMEOUT = Failure(kind="timeout", message="no reply in 30 s", turn=2)
+
+
+@cache
+def panel():
+    systems = [played("sft", 4, OVER), played("grpo", 6, OVER, failures={0: TIMEOUT})]
+    return {
+        judge: [judged_by(p, judge, skill=SKILL[p.system] + shift, repeated=60) for p in systems]
+        for judge, shift in (("openai/judge", 0.0), ("custom/<judge>", 0.8))
+    }
+
+
+@cache
+def results():
+    return evaluate_panel(panel(), [("grpo", "sft")])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("panel")
+    shown = contrasts(panel(), results(), "grpo", "sft", "goal", count=2)
+    write_report(ReportInput(results=results(), contrasts=shown, published=True), folder)
+    return folder
+
+
+def test_the_page_of_a_panel_nests_fetches_nothing_and_escapes_its_judges(page):
+    text = (page / "report.html").read_text(encoding="utf-8")
+    found = outline(text)
+    assert found.open == []
+    assert all(link.startswith(("#", "data:")) for link in found.links)
+    assert {link[1:] for link in found.links if link.startswith("#")} <= set(found.ids)
+    assert len(set(found.ids)) == len(found.ids)
+    assert {"panel", "pictures", "side-by-side", "published"} <= set(found.ids)
+    assert "custom/<judge>" not in text
+    assert "custom/&lt;judge&gt;" in text
+
+
+def test_markdown_holds_the_same_tables(page):
+    text = (page / "report.md").read_text(encoding="utf-8")
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 8
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_the_pool_is_the_mean_of_the_judges_and_each_stands_alone():
+    found = results()
+    assert found.judges == ("openai/judge", "custom/<judge>")
+    assert found.judge == "mean of openai/judge, custom/<judge>"
+    pooled = found.row("grpo", "sft", "greedy", "goal")
+    alone = [p.row for p in found.parts if p.by == "judge" and p.row.setting == "greedy" and p.row.metric == "goal"]
+    assert len(alone) == 2
+    assert pooled.difference == pytest.approx(sum(row.difference for row in alone) / 2)
+    partners = [
+        p.row for p in found.parts if p.by == "partner" and p.row.setting == "greedy" and p.row.metric == "goal"
+    ]
+    assert sum(row.num_pairs for row in partners) == pooled.num_pairs
+    assert sum(row.num_pairs * row.difference for row in partners) == pytest.approx(
+        pooled.num_pairs * pooled.difference
+    )
+
+
+def test_an_episode_that_one_judge_lacks_is_left_out_of_the_pool_and_counted_under_that_judge():
+    from dataclasses import replace
+
+    first, second = panel().values()
+    lacking = dict(second[1].ratings)
+    del lacking[next(e.id for e in second[1].episodes if e.id in lacking)]
+    found = evaluate_panel(
+        {"openai/judge": first, "custom/<judge>": [second[0], replace(second[1], ratings=lacking)]}, [("grpo", "sft")]
+    )
+    causes = next(s for s in found.systems if (s.system, s.setting) == ("grpo", "sampled")).failures
+    assert causes == {"agent_failed: timeout": 1, "not judged (custom/<judge>)": 1}
+    assert found.row("grpo", "sft", "sampled", "goal").num_excluded == 2
+
+
+def test_a_judge_that_rated_nothing_is_refused():
+    from dataclasses import replace
+
+    mute = [replace(p, ratings={}) for p in panel()["openai/judge"]]
+    with pytest.raises(EvaluationError, match="none of the 128 episodes has a rating by custom/mute"):
+        evaluate_panel({**panel(), "custom/mute": mute}, [("grpo", "sft")])
+
+
+def test_contrasts_are_the_largest_wins_then_the_largest_losses_of_the_same_match():
+    shown = contrasts(panel(), results(), "grpo", "sft", "goal", count=2)
+    gains = [c.difference for c in shown]
+    assert gains[0] == max(gains)
+    assert all(gain > 0 for gain in gains[:2])
+    assert all(gain < 0 for gain in gains[2:])
+    for c in shown:
+        assert c.a[0].match.id == c.b[0].match.id
+        assert c.setting == "greedy"
+        assert (c.a[0].agents[c.a[0].match.seat].model, c.b[0].agents[c.b[0].match.seat].model) == (
+            "local/runs/grpo",
+            "local/runs/sft",
+        )
+
+
+def test_scenario_rows_average_to_the_difference():
+    rows = [r for r in results().scenarios if r.setting == "greedy"]
+    row = results().row("grpo", "sft", "greedy", "goal")
+    assert sum(r.num_pairs * r.difference for r in rows) / row.num_pairs == pytest.approx(row.difference)
+    assert [r.difference for r in rows] == sorted(r.difference for r in rows)
+
+
+def test_the_plan_names_scenarios_and_the_difference_at_equal_length():
+    row = results().row("grpo", "sft", "sampled", "goal")
+    text = plan_text(row, results())
+    assert f"takes {row.required_scenarios} scenarios" in text
+    assert "at equal words per utterance the difference is" in text
+    assert plan_text(row.model_copy(update={"detectable": None, "equal_length": None}), results()) == ""
+    assert f"tests {len(results().rows)} differences" in how_many_tests(results())
+
+
+def test_published_figures_name_source_partner_judge_and_where_they_were_read(page):
+    for figure in published_results():
+        assert figure.metric in METRICS
+        assert figure.manifest in {"sotopia-hard", "sotopia-all"}
+        assert figure.source
+        assert figure.judge
+        assert figure.read
+    assert {f.manifest for f in beside("sotopia-hard-14x2")} == {"sotopia-hard"}
+    text = (page / "report.html").read_text(encoding="utf-8")
+    assert "Not paired" in text
+    assert "5.04 ± 0.31" in text
+    assert "6.97" in text
+
+
+def test_a_strip_of_many_scenarios_drops_the_names_and_keeps_the_dots():
+    few = str(strip([("a", 1.0), ("b", -1.0)], title="Goal"))
+    assert ">a</text>" in few
+    assert "above zero in 1 of 2" in few
+    many = str(strip([(f"s{i}", i - 45.0) for i in range(90)], title="Goal"))
+    assert many.count("<circle") == 90
+    assert ">s1</text>" not in many
+    assert strip([], title="Goal") == ""
+
+
+@pytest.mark.parametrize(
+    ("variance", "low", "high", "text"),
+    [
+        (4.0, 1.0, 9.0, "2.00 [1.00, 3.00]"),
+        (-1.0, -2.0, 1.0, "0.00 [0.00, 1.00]"),
+        (4.0, None, None, "2.00"),
+        (None, None, None, "\N{EN DASH}"),
+    ],
+)
+def test_variances_are_shown_as_points_and_never_below_zero(variance, low, high, text):
+    assert sd_text(variance, low, high) == text
