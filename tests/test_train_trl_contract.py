@@ -1,4 +1,4 @@
-"""Pins the inside of TRL that `train/trl_grpo.py` leans on; a failure here means TRL changed, not that we did."""
+"""Pins the inside of TRL and transformers that `train/` leans on; a failure means they changed, not that we did."""
 
 import inspect
 from pathlib import Path
@@ -8,17 +8,18 @@ import pytest
 import trl
 from datasets import Dataset
 from transformers import Trainer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sotopia_rl.train.adapters import load_policy
 from sotopia_rl.train.data import encode_rows
 from sotopia_rl.train.loading import load_tokenizer
-from sotopia_rl.train.trl_grpo import GAP, prompt_rows
+from sotopia_rl.train.trl_grpo import AGGREGATIONS, GAP, prompt_rows
 from sotopia_rl.train.utterance_reward import PROMPT_IDS
 from training_rows import reward_rows
 from training_settings import GRPO
 
-TRL_CHANGED = f"TRL {trl.__version__} differs from 1.16 in what train/trl_grpo.py relies on: "
+TRL_CHANGED = f"TRL {trl.__version__} differs from 1.16 in what train/ relies on: "
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,47 @@ def test_the_reference_is_a_frozen_copy_named_ref(seen: dict[str, Any]) -> None:
 def test_without_an_adapter_named_ref_the_reference_is_the_base() -> None:
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert '"ref" if "ref" in model.peft_config else None' in source, TRL_CHANGED + "the reference without `ref`"
+
+
+def test_reward_functions_are_called_one_after_the_other_in_their_order() -> None:
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert "zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names" in source, (
+        TRL_CHANGED + "the order of reward functions in _calculate_rewards"
+    )
+    assert "output_reward_func = reward_func(" in source, TRL_CHANGED + "reward functions are called directly"
+
+
+def test_rewards_are_combined_before_or_after_they_are_normalised() -> None:
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    for piece in (
+        *(f'self.multi_objective_aggregation == "{name}"' for name in AGGREGATIONS.values()),
+        "reward_k = (grouped - mean_k) / (std_k + 1e-4)",
+        "(reward_k * self.reward_weights.to(device).unsqueeze(0)).nansum(dim=1)",
+    ):
+        assert piece in source, TRL_CHANGED + f"{piece!r} in _generate_and_score_completions"
+
+
+def test_packed_rows_are_collated_without_a_mask_and_with_their_own_positions() -> None:
+    rows = pack_dataset(Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, 2, 3], [-100, 5]]}), 8)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([rows[i] for i in range(len(rows))])
+    assert "attention_mask" not in batch, TRL_CHANGED + "padding-free batches have no mask"
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]], TRL_CHANGED + "positions from seq_lengths"
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]], TRL_CHANGED + "labels of packed rows"
+    kept = inspect.getsource(SFTTrainer._set_signature_columns_if_needed)
+    assert '["input_ids", "labels", "seq_lengths"]' in kept, TRL_CHANGED + "columns that SFTTrainer keeps"
+
+
+def test_rows_that_are_ready_are_not_prepared_again() -> None:
+    source = inspect.getsource(SFTTrainer.__init__)
+    assert 'args.dataset_kwargs.get("skip_prepare_dataset", False)' in source, TRL_CHANGED + "skip_prepare_dataset"
+
+
+def test_a_loss_of_our_own_is_divided_by_the_accumulation_steps() -> None:
+    assert Trainer.loss_is_scaled_for_ga is None, "transformers changed Trainer.loss_is_scaled_for_ga"
+    source = inspect.getsource(Trainer.training_step)
+    assert "loss = loss / self.current_gradient_accumulation_steps" in source, (
+        "transformers changed how Trainer.training_step divides a loss"
+    )
 
 
 def test_rows_keep_what_is_asked_of_them() -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from sotopia_rl.config import Config
 from sotopia_rl.episode import Episode, Rating, Record, Seat, Turn, UtteranceReward
 from sotopia_rl.errors import DataError
-from sotopia_rl.files import write_lines
+from sotopia_rl.files import write_lines, write_text
 from sotopia_rl.models import Message
 from sotopia_rl.observe import agent_prompt
 
@@ -153,6 +153,12 @@ def write_json_array(items: Iterable[Mapping[str, object]], path: Path) -> int:
 
     write_lines(path, pieces())
     return count
+
+
+def write_provenance(folder: Path, **known: str | None) -> None:
+    """Note beside rows who judged and annotated them, for model cards; what is None is left out."""
+    people = {role: name for role, name in known.items() if name is not None}
+    write_text(folder / "provenance.json", json.dumps(people, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_rows(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 from sotopia_rl import profiles, sandbox, stages
 from sotopia_rl.attribute import COMPUTED, METHODS
-from sotopia_rl.dataset import sft_rows, write_rows
+from sotopia_rl.dataset import sft_rows, write_provenance, write_rows
 from sotopia_rl.episode import (
     AgentSpec,
     Episode,
@@ -190,11 +190,14 @@ def reward(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 def clone(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     left_out = stages.cloning_rows_into(lambda: rated(e, inputs), out / "sft.jsonl", e.cloning)
     write_text(out / "left_out.json", json.dumps(left_out, indent=1))
+    write_provenance(out, judge=e.judge_model)
 
 
 def rows(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     rewards = stages.read_rewards(inputs["reward"] / "rewards.jsonl")
     stages.reward_rows_into(rated(e, inputs), rewards, out / "reward.jsonl")
+    annotator = e.annotator_model if METHODS[e.annotate.method].asks else COMPUTED
+    write_provenance(out, judge=e.judge_model, annotator=annotator, attribution=e.annotate.label)
 
 
 # --- models ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from sotopia_rl import stages
 from sotopia_rl.attribute import METHODS, AttributionConfig
 from sotopia_rl.commands.options import DEFAULT_STORE, finish, named_manifest, resolve
 from sotopia_rl.console import bars, out
-from sotopia_rl.dataset import CloningFilter
+from sotopia_rl.dataset import CloningFilter, write_provenance
 from sotopia_rl.episode import AgentSpec, Episode, Rating, Sampling
 from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.judge import JudgeConfig
@@ -293,6 +293,7 @@ def reward(
         rewards = stages.read_rewards(output / "rewards.jsonl")
         stages.cloning_rows_into(rated, output / "sft.jsonl", cloning)
         count = stages.reward_rows_into(rated(), rewards, output / "reward.jsonl")
+        write_provenance(output, judge=judge, annotator=annotator, attribution=method)
         if report:
             from sotopia_rl.reward_report import write_reward_report
 

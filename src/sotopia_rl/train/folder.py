@@ -31,6 +31,7 @@ COMPLETE = "COMPLETE"
 FREE = (
     "trackers",
     "push_to_hub",
+    "gradient_checkpointing",
     "vllm_urls",
     "vllm_adapter_folder",
     "vllm_timeout_seconds",
@@ -151,6 +152,10 @@ def _claim(run: RunFolder, asked: Mapping[str, Any], *, resume: bool) -> None:
 def _binding(claimed: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's settings file holds, without what may change."""
     settings = {name: value for name, value in claimed["settings"].items() if name not in FREE}
+    if "num_generations" in settings:
+        del settings["batch_size"]  # a step's completions are so many per prompt, however they are divided
+    elif "accumulation" in settings and settings.get("loss") != "mse_ranking":
+        settings["batch_size x accumulation"] = settings.pop("batch_size") * settings.pop("accumulation")
     return {**claimed, "settings": settings}
 
 

@@ -36,12 +36,13 @@ from sotopia_rl.train.callbacks import Progress, Record, best_step, keep_as_best
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import encode_rows, length_report
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
-from sotopia_rl.train.loading import load_tokenizer, training_session
+from sotopia_rl.train.loading import load_tokenizer
 from sotopia_rl.train.processes import from_main
 from sotopia_rl.train.publish import conclude, publish
 from sotopia_rl.train.reward_report import check_gate
 from sotopia_rl.train.rollout import prepare_rollouts
-from sotopia_rl.train.trl_grpo import METRIC_NAMES, make_trainer
+from sotopia_rl.train.session import training_session
+from sotopia_rl.train.trl_grpo import make_trainer, metric_names
 from sotopia_rl.train.utterance_reward import UtteranceReward
 
 COLLAPSE_STEPS = 5
@@ -108,7 +109,8 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         publish(run, run.path / "adapter", settings)
         return run.path / "adapter"
     check_gate(reward_adapter, settings.gate_min_spearman)
-    check_base(reward_adapter, base)
+    for adapter in (sft_adapter, reward_adapter):
+        check_base(adapter, base)
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path or template_of(sft_adapter))
         check_template(reward_adapter, tokenizer)
@@ -126,7 +128,7 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         )
         trainer = make_trainer(model, tokenizer, reward, settings, run, prompts=encoded, servers=servers)
         watch = Watch(run, settings, Policy(model, tokenizer), eval_hook)
-        train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), watch])
+        train_to_the_end(trainer, run, [Record(run, progress, metric_names(reward.scorer.outputs)), watch])
         use_best = settings.keep == "best" or watch.collapsed
         adapter = write_result(run, "adapter", saver(model, POLICY), tokenizer, use_best=use_best)
         write_base_note(adapter, base)

@@ -42,10 +42,13 @@ def conclude(
     publish(run, result, settings)
 
 
-def publish(run: RunFolder, result: Path, settings: TrainerSettings) -> None:
+def publish(run: RunFolder, result: Path, settings: TrainerSettings, *, endpoint: str | None = None) -> None:
     """Upload the folder `result` where the settings say so and it was not done before.
 
     A repository that is not there yet is made, private. `HF_TOKEN` or a login gives the right to write.
+
+    Args:
+        endpoint: Of the hub; `HF_ENDPOINT`, or the public hub, by default.
 
     Raises:
         TrainingError: The hub cannot be reached or refuses; the result is safe on the disk.
@@ -55,7 +58,7 @@ def publish(run: RunFolder, result: Path, settings: TrainerSettings) -> None:
         return
     from huggingface_hub import HfApi, errors  # noqa: PLC0415 - the package is optional
 
-    api = HfApi()
+    api = HfApi(endpoint=endpoint)
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=result, commit_message=f"{run.path.name} trained")

@@ -30,18 +30,12 @@ from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, tr
 from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
 from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
 from sotopia_rl.train.folder import claim, fingerprints, write_json
-from sotopia_rl.train.loading import (
-    load_base,
-    load_tokenizer,
-    lora_config,
-    only_errors,
-    trainer_arguments,
-    training_session,
-)
+from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, only_errors, trainer_arguments
 from sotopia_rl.train.processes import is_main, weights_are_divided
 from sotopia_rl.train.publish import conclude, publish
 from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
+from sotopia_rl.train.session import training_session
 
 
 def train_reward_model(

@@ -20,8 +20,9 @@ from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, tr
 from sotopia_rl.train.config import SFTSettings
 from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
-from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments, training_session
+from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments
 from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.session import training_session
 
 METRIC_NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
 

@@ -30,8 +30,9 @@ from sotopia_rl.train.callbacks import Progress, Record, train_to_the_end, write
 from sotopia_rl.train.config import TinyModelSettings
 from sotopia_rl.train.data import encode_rows, length_report, reply_text
 from sotopia_rl.train.folder import claim, fingerprints
-from sotopia_rl.train.loading import device_of, trainer_arguments, training_session
+from sotopia_rl.train.loading import device_of, trainer_arguments
 from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.session import training_session
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

