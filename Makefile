@@ -54,14 +54,14 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: ORACLES := redis sotopia014 sotopia015
+bench: ORACLES := redis sotopia014 sotopia015 vllm
 bench: $(DEV) oracles
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 install: $(DEV)
 
-# What tests compare with, in .venvs/: a real Redis, the published sotopia. Where one cannot be had, its tests skip
-# and say so.
+# What tests compare with, in .venvs/: a real Redis, the published sotopia, vLLM. Where one cannot be had, its tests
+# skip and say so.
 oracles: $(DEV)
 	-$(BIN)/python tests/oracle/install.py --python $(BIN)/python $(ORACLES)
 

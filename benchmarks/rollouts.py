@@ -15,7 +15,6 @@ import gc
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +43,7 @@ from sotopia_rl.train.rollout import PublishedPolicies
 from sotopia_rl.train.vllm_servers import Request, Version, VLLMServers
 
 SETTINGS = GRPOSettings()
-ROOT = Path(__file__).parents[1]
+VLLM = Path(__file__).parents[1] / ".venvs/vllm/bin/python"
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
@@ -117,13 +116,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--python", type=Path, default=ROOT / ".venvs/vllm/bin/python", help="interpreter with vLLM")
+    parser.add_argument("--python", type=Path, default=VLLM, help="interpreter with vLLM")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile: slow to start, quicker afterwards")
     chosen = parser.parse_args()
-    if not chosen.python.exists():
-        sys.exit(
-            f"no vLLM: {chosen.python} is missing; make oracles ORACLES=vllm, or name an interpreter with --python"
-        )
+    if chosen.python == VLLM and not VLLM.exists():
+        print("skipped: no vLLM in .venvs/vllm (make oracles ORACLES=vllm installs it)")
+        return
 
     base = resolve_model_folder(chosen.base)
     tokenizer = load_tokenizer(base)
