@@ -92,6 +92,13 @@ def tokens_per_second(rows: Path, base: Path, settings: SFTSettings, out: Path) 
     return (tokens[-1] - tokens[0]) / seconds, seconds / (len(times) - 1)
 
 
+def padding_factor(lengths: list[int], rng: random.Random) -> float:
+    """Tokens with padding over tokens without it, in random batches."""
+    mixed = rng.sample(lengths, len(lengths))
+    batches = [mixed[start : start + BATCH] for start in range(0, len(mixed), BATCH)]
+    return sum(len(batch) * max(batch) for batch in batches) / sum(lengths)
+
+
 def packing(rows: Path, base: Path, steps: int, longest: int, scratch: Path) -> None:
     """Padded as the baseline, the batch without padding, packed into rows of about the longest row."""
     shared = {"max_length": longest, "max_steps": steps + 1, "save_every": 1000, "held_out_share": 0.0}
@@ -168,8 +175,11 @@ def main() -> None:
         lengths = sorted(
             len(row.ids) for row in encode_rows(load_tokenizer(base), data, max_length=8192, reply=reply_text)
         )
-        middle = statistics.median(lengths)
-        print(f"{len(data)} rows of {lengths[0]} to {lengths[-1]} tokens, median {middle:.0f}; ", end="")
+        middle, most = statistics.median(lengths), padding_factor(lengths, random.Random(0))
+        print(f"{len(data)} rows of {lengths[0]} to {lengths[-1]} tokens, median {middle:.0f}: ", end="")
+        print(
+            f"batches of {BATCH} are {most:.2f} times as long padded, the most that packing can gain by tokens alone; "
+        )
         print(f"{torch.get_num_threads()} threads; Python {sys.version.split()[0]}, torch {torch.__version__}")
         packing(rows, base, args.steps, lengths[-1], scratch)
         print("\n| parameters of GRPO | three models, GB | shared base, GB | ratio |\n|---|---|---|---|")
