@@ -247,6 +247,12 @@ def test_the_detectable_difference_has_the_stated_power():
     assert power_for(found, 0.3, 13) == pytest.approx(0.8)
 
 
+@given(st.floats(1.0, 60.0), st.floats(0.01, 30.0))
+def test_power_is_a_chance_and_grows_with_the_difference(df, shift):
+    assert 0.05 - 1e-9 <= power_for(shift, 1.0, df) <= 1 + 1e-9
+    assert power_for(shift, 1.0, df) <= power_for(shift * 1.1, 1.0, df) + 1e-6
+
+
 def test_a_plan_needs_a_difference_and_a_pilot_with_spread():
     pilot = paired_difference([1.0, 2.0], ["s", "s"])
     with pytest.raises(ValueError, match="fewer than two scenarios"):

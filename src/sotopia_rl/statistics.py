@@ -202,7 +202,10 @@ def power_for(wanted: float, standard_error: float, df: float, *, level: float =
         raise ValueError("power needs a standard error above zero")
     critical = float(stats.t.ppf(1 - level / 2, df))
     shift = wanted / standard_error
-    return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
+    found_below_zero = (
+        0.0 if shift > 6 else float(stats.nct.cdf(-critical, df, shift))
+    )  # under 1e-9, and scipy says NaN
+    return float(stats.nct.sf(critical, df, shift)) + found_below_zero
 
 
 def detectable_difference(standard_error: float, df: float, *, power: float = 0.8, level: float = 0.05) -> float:

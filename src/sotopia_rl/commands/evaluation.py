@@ -113,7 +113,7 @@ def play(
             capped(limits, max_cost),
             lambda pool: play_into(pool, output, plan, frozen, watch, retry_failed=retry_failed),
         )
-    finish(*tallies)
+    finish(*tallies, failures="count")
     publish([output], output)
 
 
@@ -162,7 +162,7 @@ def rejudge(
 
     with bars() as watch:
         tallies = with_models(capped(limits, max_cost), work)
-    finish(*tallies)
+    finish(*tallies, failures="count")
     publish([run], run)
 
 
@@ -283,7 +283,7 @@ def matrix(
             capped(limits, max_cost),
             lambda pool: play_matrix(pool, output, plan, frozen, watch, retry_failed=retry_failed),
         )
-    finish(*tallies)
+    finish(*tallies, failures="count")
     results = matrix_results(output, plan, frozen, metric=metric, tie_margin=tie_margin)
     write_matrix(results, output)
     out.print(matrix_table(results))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from sotopia_rl import sandbox
 from sotopia_rl.config import Config, parse_config, read_yaml
@@ -51,8 +51,11 @@ def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -
     return manifest_from(Path(name), profiles)
 
 
-def finish(*tallies: Tally) -> None:
+def finish(*tallies: Tally, failures: Literal["refuse", "count"] = "refuse") -> None:
     """Say what was done; an error where nothing succeeded, or the work was stopped.
+
+    Args:
+        failures: Whether a stage in which everything failed is an error, or the caller counts what it lacks.
 
     Raises:
         SotopiaRLError: Every item failed, or not every item was tried.
@@ -63,5 +66,5 @@ def finish(*tallies: Tally) -> None:
     for tally in tallies:
         if tally.stopped:
             raise SotopiaRLError(f"stopped after {tally.done} of {tally.total} {tally.stage}: {tally.stopped}")
-        if tally.done and sum(tally.failed.values()) == tally.done:
+        if failures == "refuse" and tally.done and sum(tally.failed.values()) == tally.done:
             raise SotopiaRLError(f"all {tally.done} {tally.stage} failed")
