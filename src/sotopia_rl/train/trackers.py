@@ -66,7 +66,9 @@ class _Trackio:
     def __init__(self, run: RunFolder, first_step: int) -> None:
         import trackio  # noqa: PLC0415
 
-        self.run: Any = trackio.init(project=PROJECT, name=_name(run), resume="allow", config=_settings(run))
+        self.run: Any = trackio.init(
+            project=PROJECT, name=f"{_name(run)}-{_id(run)[:6]}", resume="allow", config=_settings(run)
+        )
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self.run.log(dict(numbers), step=step)
