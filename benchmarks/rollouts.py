@@ -38,6 +38,7 @@ from sotopia_rl.serve.vllm_command import VLLMSettings, base_name
 from sotopia_rl.train.adapters import POLICY, load_policy, write_base_note
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import prompt_token_ids
+from sotopia_rl.train.folder import read_json
 from sotopia_rl.train.loading import load_base, load_tokenizer
 from sotopia_rl.train.rollout import PublishedPolicies
 from sotopia_rl.train.vllm_servers import Request, Version, VLLMServers
@@ -149,8 +150,14 @@ def main() -> None:
         start = time.perf_counter()
         with VLLMServer(base, {}, settings, python=chosen.python, log=Path(scratch) / "vllm.log") as server:
             started = time.perf_counter() - start
-            vocabulary = int(load_base(base, tokenizer, SETTINGS).config.vocab_size)
-            client = VLLMServers((server.url,), tokenizer.eos_token_id, vocabulary, chosen.max_tokens, 1.0)
+            client = VLLMServers(
+                (server.url,),
+                tokenizer.eos_token_id,
+                vocabulary=int(read_json(base / "config.json")["vocab_size"]),
+                max_tokens=chosen.max_tokens,
+                temperature=1.0,
+                timeout_seconds=3600.0,
+            )
             published = PublishedPolicies(Path(scratch) / "served", "bench-")
             start = time.perf_counter()
             version = published.publish("000000", lambda folder: shutil.move(adapter, folder))
