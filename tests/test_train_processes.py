@@ -10,7 +10,11 @@ import pytest
 import torch
 from peft import load_peft_weights
 
+from sotopia_rl.errors import ConfigError
 from sotopia_rl.train.folder import read_metrics
+from sotopia_rl.train.reward_model import train_reward_model
+from sotopia_rl.train.trl_grpo import passes_per_step
+from training_settings import GRPO, RM
 
 TESTS = Path(__file__).parent
 SCRIPT = """
@@ -66,6 +70,21 @@ def run(stage: str, inputs: list[Path], out: Path, *, processes: int, batch: int
 
 def losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_step_that_the_processes_cannot_share_evenly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert passes_per_step(GRPO) == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"\(8\) must be a multiple of batch_size x processes \(8 x 3\)"):
+        passes_per_step(GRPO)
+
+
+def test_a_reward_model_on_divided_weights_is_refused_before_it_starts(
+    rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="needs whole weights; use configs/accelerate/ddp.yaml"):
+        train_reward_model(rows, base, RM, tmp_path)
 
 
 DIVIDED = """
