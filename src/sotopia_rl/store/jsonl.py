@@ -97,7 +97,7 @@ def _json_object(path: Path, number: int, line: bytes, *, torn: Torn) -> dict[st
             raise DataError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from error
         if torn == "refuse":
             raise DataError(
-                f"{path}:{number}: the last line is half-written; remove it, or have torn lines skipped"
+                f"{path}:{number}: the last line is half-written; remove it, or skip it with --skip-torn-line"
             ) from error
         logger.warning("%s:%d: the last line is half-written and is left out", path, number)
         return None
@@ -149,7 +149,7 @@ def parse_record(path: Path, line: Line) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "record"
-        raise DataError(f"{path}:{line.number}: not a {line.data['kind']} ({place}: {first['msg']})") from error
+        raise DataError(f"{path}:{line.number}: not a valid {line.data['kind']} ({place}: {first['msg']})") from error
 
 
 class JsonlWriter:

@@ -75,6 +75,8 @@ def load_tokenizer(folder: Path, template: Path | None = None) -> PreTrainedToke
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: not a model folder (it has no config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
