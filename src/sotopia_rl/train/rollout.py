@@ -176,8 +176,7 @@ class PublishedPolicies:
         else:
             part.rename(target)
         for old in sorted(self.folder.glob(f"{self.prefix}*"), key=_age)[:-KEPT_VERSIONS]:
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         return Version(name, target)
 
     def clear(self) -> None:
