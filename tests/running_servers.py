@@ -31,11 +31,11 @@ class ByLength:
         self.batches: list[int] = []
 
     def encode(self, prompt, replies):
-        return [[ord(character) for character in reply] for reply in replies]
+        return [((), tuple(map(ord, reply))) for reply in replies]
 
-    def score(self, sequences):
-        self.batches.append(len(sequences))
-        return [(1 / (1 + len(ids)),) for ids in sequences]
+    def score(self, pairs):
+        self.batches.append(len(pairs))
+        return [(1 / (1 + len(reply)),) for _, reply in pairs]
 
 
 class BestOfNServer:

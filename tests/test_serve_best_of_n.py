@@ -164,10 +164,10 @@ class Broken(ByLength):
         super().__init__()
         self.trouble = trouble
 
-    def score(self, sequences):
+    def score(self, pairs):
         if isinstance(self.trouble, Exception):
             raise self.trouble
-        return [(self.trouble,)] * len(sequences)
+        return [(self.trouble,)] * len(pairs)
 
 
 @pytest.mark.parametrize(

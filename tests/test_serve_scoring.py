@@ -39,10 +39,10 @@ class Slow(ByLength):
             raise TooLongError("poison")
         return super().encode(prompt, replies)
 
-    def score(self, sequences):
+    def score(self, pairs):
         self.started.set()
         assert self.go_on.wait(10)
-        return super().score(sequences)
+        return super().score(pairs)
 
 
 @given(st.lists(st.lists(st.text(max_size=5), min_size=1, max_size=4), max_size=12), st.integers(1, 9))
@@ -132,6 +132,10 @@ def some_rows():
     return reward_rows(4)
 
 
+def encoded(model, rows):
+    return [pair for row in rows for pair in model.encode(row.prompt, [reply_text(row)])]
+
+
 def test_a_loaded_reward_model_scores_as_the_one_that_grpo_uses(base, reward_adapter, loaded, some_rows, tmp_path):
     tokenizer = load_tokenizer(base)
     policy = load_policy(base, save_adapter(base, tmp_path, seed=2), tokenizer, TrainerSettings())
@@ -139,20 +143,21 @@ def test_a_loaded_reward_model_scores_as_the_one_that_grpo_uses(base, reward_ada
     sequences = [
         prompt_token_ids(tokenizer, row.prompt) + completion_token_ids(tokenizer, reply_text(row)) for row in some_rows
     ]
-    encoded = [ids for row in some_rows for ids in loaded.encode(row.prompt, [reply_text(row)])]
-    assert encoded == sequences
-    found = torch.tensor(loaded.score(sequences))
+    pairs = encoded(loaded, some_rows)
+    assert [[*prompt, *reply] for prompt, reply in pairs] == sequences
+    found = torch.tensor(loaded.score(pairs))
     assert torch.allclose(found, scorer.score(sequences), atol=1e-5)
     assert loaded.outputs == ("output_0", "output_1")
     assert found.std(dim=0).min() > 0
 
 
 def test_a_batch_changes_no_score(loaded, some_rows, reward_adapter):
-    sequences = [ids for row in some_rows for ids in loaded.encode(row.prompt, [reply_text(row)])]
-    alone = torch.tensor([loaded.score([ids])[0] for ids in sequences])
-    narrow = load_reward_model(reward_adapter, max_batch_tokens=300)
-    assert torch.allclose(torch.tensor(loaded.score(sequences)), alone, atol=1e-5)
-    assert torch.allclose(torch.tensor(narrow.score(sequences)), alone, atol=1e-5)
+    """Replies of several lengths to prompts of several lengths, some sharing one; whole, in parts and alone."""
+    pairs = encoded(loaded, some_rows) + loaded.encode(some_rows[3].prompt, ["", "a", "b" * 70, "c" * 300])
+    alone = torch.tensor([loaded.score([pair])[0] for pair in pairs])
+    narrow = load_reward_model(reward_adapter, max_batch_tokens=3000)
+    assert torch.allclose(torch.tensor(loaded.score(pairs)), alone, atol=1e-5)
+    assert torch.allclose(torch.tensor(narrow.score(pairs)), alone, atol=1e-5)
 
 
 def test_what_is_too_long_is_said_with_numbers(reward_adapter):
@@ -165,8 +170,8 @@ def test_a_whole_classifier_scores_as_the_adapter_it_was_made_of(loaded, some_ro
     loaded.model.save_pretrained(tmp_path)
     loaded.encoder.tokenizer.save_pretrained(tmp_path)
     whole = load_reward_model(tmp_path)
-    sequences = [ids for row in some_rows[:4] for ids in whole.encode(row.prompt, [reply_text(row)])]
-    assert torch.allclose(torch.tensor(whole.score(sequences)), torch.tensor(loaded.score(sequences)), atol=1e-6)
+    pairs = encoded(whole, some_rows[:4])
+    assert torch.allclose(torch.tensor(whole.score(pairs)), torch.tensor(loaded.score(pairs)), atol=1e-6)
 
 
 def test_what_is_no_reward_model_is_refused(base, reward_adapter, tmp_path):
@@ -191,7 +196,7 @@ def test_a_reward_model_on_a_server_gets_token_ids_and_its_answers_go_by_index(b
     with FaultyServer([pooling], path="/pooling") as server:
         name = f"custom/rm@{server.url}"
         model = open_reward_model(name, BestOfNSettings(), base=base)
-        assert model.score([[1, 2, 3], [4, 5]]) == [(0.3,), (0.2,)]
+        assert model.score([((1,), (2, 3)), ((), (4, 5))]) == [(0.3,), (0.2,)]
         assert server.bodies[-1] == {"model": "rm", "input": [[1, 2, 3], [4, 5]], "use_activation": False}
         assert model.outputs == ("value",)
         with pytest.raises(ConfigError, match="needs --base"):
@@ -201,4 +206,4 @@ def test_a_reward_model_on_a_server_gets_token_ids_and_its_answers_go_by_index(b
 @pytest.mark.parametrize("fault", ["500", "html", "empty", "list", "no-choices", "closed"])
 def test_a_reward_server_s_fault_is_no_score(fault):
     with FaultyServer([fault], path="/pooling") as server, pytest.raises(ServingError):
-        PoolingServer(server.url, "rm", lambda *_: [], ("value",)).score([[1, 2]])
+        PoolingServer(server.url, "rm", lambda *_: [], ("value",)).score([((1,), (2,))])

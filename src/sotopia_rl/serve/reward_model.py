@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.llm.prefill import can_prefill
 from sotopia_rl.models import Message
-from sotopia_rl.serve.scoring import ChatEncoder, Scores
+from sotopia_rl.serve.scoring import ChatEncoder, Encoded, Scores
 from sotopia_rl.serve.vllm_command import reward_outputs
 from sotopia_rl.train.adapters import check_base
 from sotopia_rl.train.batches import padded_inputs
@@ -34,31 +35,57 @@ class LocalRewardModel:
     model: Any
     encoder: ChatEncoder
     outputs: tuple[str, ...]
-    pad_token_id: int
     max_batch_tokens: int
 
-    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
+    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
         return self.encoder(prompt, replies)
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
-        scores: list[Scores] = [()] * len(sequences)
-        for part in _parts([len(ids) for ids in sequences], self.max_batch_tokens):
-            batch = padded_inputs([sequences[index] for index in part], self.pad_token_id)
-            logits_BD = self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).logits
-            for index, row in zip(part, logits_BD.float().tolist(), strict=True):
-                scores[index] = tuple(row)
-        return scores
+    def score(self, pairs: Sequence[Encoded]) -> list[Scores]:
+        scores: dict[Encoded, Scores] = {}
+        for part in _parts(pairs, self.max_batch_tokens):
+            scores.update(zip(part, map(tuple, self._score(part).tolist()), strict=True))
+        return [scores[pair] for pair in pairs]
+
+    def _score(self, pairs: Sequence[Encoded]) -> torch.Tensor:
+        """[B, D] scores. A prompt is read once, and its keys and values serve all of its replies.
+
+        Both are padded at their right ends. What pads a prompt is masked out when the replies are read, and
+        positions are given, so that it is nothing to the model.
+        """
+        prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in pairs))}
+        read = self._to_device(padded_inputs(list(prompts), 0))
+        decoder = self.model.base_model
+        cache = decoder(**read, past_key_values=DynamicCache(config=self.model.config), use_cache=True).past_key_values
+        owner_B = torch.tensor([prompts[prompt] for prompt, _ in pairs], device=self.model.device)
+        cache.batch_select_indices(owner_B)
+        replies = self._to_device(padded_inputs([reply for _, reply in pairs], 0))
+        mask_BT = torch.cat([read["attention_mask"][owner_B], replies["attention_mask"]], dim=1)
+        start_B1 = read["attention_mask"].sum(-1, keepdim=True)[owner_B]
+        position_BT = start_B1 + torch.arange(replies["input_ids"].shape[1], device=self.model.device)
+        hidden_BTH = decoder(
+            replies["input_ids"], attention_mask=mask_BT, position_ids=position_BT, past_key_values=cache
+        ).last_hidden_state
+        last_B = replies["attention_mask"].sum(-1) - 1
+        last_BH = hidden_BTH[torch.arange(len(pairs), device=last_B.device), last_B]
+        scores_BD: torch.Tensor = self.model.score(last_BH).float()
+        return scores_BD
+
+    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
 
-def _parts(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices by growing length, in parts of at most `max_tokens` with their padding, one sequence at least."""
-    part: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if part and (len(part) + 1) * lengths[index] > max_tokens:
+def _parts(pairs: Sequence[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
+    """Pairs by length, replies to one prompt together, in parts of at most `max_tokens` with their padding."""
+    part: list[Encoded] = []
+    widest = (0, 0)
+    for pair in sorted(pairs, key=lambda pair: (len(pair[0]), pair[0], len(pair[1]))):
+        wider = (max(widest[0], len(pair[0])), max(widest[1], len(pair[1])))
+        if part and (len(part) + 1) * sum(wider) > max_tokens:
             yield part
-            part = []
-        part.append(index)
+            part, wider = [], (len(pair[0]), len(pair[1]))
+        part.append(pair)
+        widest = wider
     if part:
         yield part
 
@@ -81,7 +108,7 @@ def load_reward_model(
 
     Raises:
         DataError: A folder is missing or holds something else.
-        ConfigError: The base is unknown, or there is no GPU where one is asked for.
+        ConfigError: Its layers are not plain attention, the base is unknown, or there is no GPU where one is asked for.
         TrainingError: The adapter belongs to another base.
     """
     settings = TrainerSettings(device=device, dtype=dtype)
@@ -91,12 +118,13 @@ def load_reward_model(
         model, tokenizer = _load_adapter(path, base or adapter_base(path), settings)
     else:
         model, tokenizer = _load_whole(path, settings)
+    if not can_prefill(model.config):
+        raise ConfigError(f"{path}: its layers are not plain attention; serve it with vLLM (serve vllm --task reward)")
     context = getattr(model.config, "max_position_embeddings", None) or max_length
     return LocalRewardModel(
         model=model,
         encoder=ChatEncoder(tokenizer, min(max_length, context)),
         outputs=output_names(path, model.config.num_labels),
-        pad_token_id=tokenizer.pad_token_id,
         max_batch_tokens=max_batch_tokens,
     )
 

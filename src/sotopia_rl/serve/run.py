@@ -109,6 +109,6 @@ def open_reward_model(name: str, settings: BestOfNSettings, *, base: Path | None
 
     encoder = ChatEncoder(load_tokenizer(folder), settings.max_length)
     found = PoolingServer(parsed.url, parsed.name, encoder, outputs=())
-    count = len(found.score([[encoder.tokenizer.eos_token_id]])[0])  # that it answers, and with how many numbers
+    count = len(found.score([((), (encoder.tokenizer.eos_token_id,))])[0])  # that it answers, and with how many numbers
     found.outputs = ("value",) if count == 1 else tuple(f"output_{index}" for index in range(count))
     return found

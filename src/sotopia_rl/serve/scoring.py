@@ -21,6 +21,9 @@ from sotopia_rl.train.data import Tokenizer, completion_token_ids, prompt_token_
 
 Scores = tuple[float, ...]
 """One number per output of the reward model, 0..1 if it was trained here."""
+Ids = tuple[int, ...]
+Encoded = tuple[Ids, Ids]
+"""A prompt's token ids and a reply's; replies to one prompt have equal prompts."""
 
 
 class TooLongError(ServingError):
@@ -32,12 +35,12 @@ class RewardModel(Protocol):
 
     outputs: tuple[str, ...]
 
-    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
-        """Prompt and reply ids, one list per reply. Raises `TooLongError`."""
+    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
+        """One pair per reply. Raises `TooLongError`."""
         ...
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
-        """Scores at each sequence's last token. Raises `ServingError` where the model cannot be had."""
+    def score(self, pairs: Sequence[Encoded]) -> list[Scores]:
+        """Scores at each reply's last token. Raises `ServingError` where the model cannot be had."""
         ...
 
 
@@ -51,16 +54,16 @@ class ChatEncoder:
     tokenizer: Tokenizer
     max_length: int
 
-    def __call__(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
-        before = prompt_token_ids(self.tokenizer, prompt)
-        sequences = [before + completion_token_ids(self.tokenizer, reply) for reply in replies]
-        longest = max(map(len, sequences))
+    def __call__(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
+        before = tuple(prompt_token_ids(self.tokenizer, prompt))
+        pairs = [(before, tuple(completion_token_ids(self.tokenizer, reply))) for reply in replies]
+        longest = max(len(before) + len(reply) for _, reply in pairs)
         if longest > self.max_length:
             raise TooLongError(
                 f"prompt and reply have {longest} tokens, the prompt alone {len(before)}; the reward model takes "
                 f"{self.max_length}"
             )
-        return sequences
+        return pairs
 
 
 @dataclass(eq=False)
@@ -74,16 +77,16 @@ class PoolingServer:
 
     url: str
     name: str
-    encode: Callable[[Sequence[Message], Sequence[str]], list[list[int]]]
+    encode: Callable[[Sequence[Message], Sequence[str]], list[Encoded]]
     outputs: tuple[str, ...]
     timeout_seconds: float = 60.0
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
-        body = {"model": self.name, "input": [list(ids) for ids in sequences], "use_activation": False}
+    def score(self, pairs: Sequence[Encoded]) -> list[Scores]:
+        body = {"model": self.name, "input": [[*prompt, *reply] for prompt, reply in pairs], "use_activation": False}
         answer = post_json(self.url.removesuffix("/v1"), "pooling", body, self.timeout_seconds)
         try:
             by_index: dict[int, list[float]] = {int(entry["index"]): entry["data"] for entry in answer["data"]}
-            return [tuple(map(float, by_index[index])) for index in range(len(sequences))]
+            return [tuple(map(float, by_index[index])) for index in range(len(pairs))]
         except (KeyError, TypeError, ValueError):
             raise ServingError(f"{self.url}: the answer of /pooling holds no scores; is it a pooling server?") from None
 
@@ -193,25 +196,25 @@ class Batcher:
         return batch
 
     def _run(self, batch: Sequence[_Waiting]) -> list[list[Scores] | Exception]:
-        """In the thread: what each request of a batch gets. Equal sequences are scored once."""
+        """In the thread: what each request of a batch gets. What is equal is scored once."""
         encoded = [self._encode(request) for request in batch]
-        distinct = {tuple(ids) for part in encoded if isinstance(part, list) for ids in part}
+        distinct = {pair: None for part in encoded if isinstance(part, list) for pair in part}
         try:
-            scores = self._score(sorted(distinct, key=lambda ids: (len(ids), ids)))
+            scores = self._score(list(distinct))
         except Exception as error:  # noqa: BLE001 - carried over to the tasks that wait
             return [part if isinstance(part, Exception) else error for part in encoded]
-        return [part if isinstance(part, Exception) else [scores[tuple(ids)] for ids in part] for part in encoded]
+        return [part if isinstance(part, Exception) else [scores[pair] for pair in part] for part in encoded]
 
-    def _encode(self, request: _Waiting) -> list[list[int]] | Exception:
+    def _encode(self, request: _Waiting) -> list[Encoded] | Exception:
         try:
             return self.model.encode(request.prompt, request.replies)
         except Exception as error:  # noqa: BLE001 - this request's alone, and carried over to its task
             return error
 
-    def _score(self, sequences: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Scores]:
-        if not sequences:
+    def _score(self, pairs: Sequence[Encoded]) -> dict[Encoded, Scores]:
+        if not pairs:
             return {}
-        found = dict(zip(sequences, self.model.score(sequences), strict=True))
+        found = dict(zip(pairs, self.model.score(pairs), strict=True))
         if not all(math.isfinite(number) for scores in found.values() for number in scores):
             raise ServingError("the reward model gave something that is no number")
         return found
