@@ -45,10 +45,12 @@ def make_base(shape: Shape, tokens: int, folder: Path) -> None:
     """Random weights in bfloat16, a small tokenizer trained on the rows' words, and rows of `tokens` tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     from sotopia_rl.train.data import prompt_token_ids
     from sotopia_rl.train.tiny import tiny_tokenizer
 
+    logging.disable_progress_bar()
     words = [f"w{number:03d}" for number in range(400)]
     tokenizer = tiny_tokenizer([" ".join(words[start:] + words[:start]) for start in range(0, 400, 40)], 560)
     # Llama with biases on q, k and v is Qwen2 in all but its name, under which transformers would ignore the tokenizer
