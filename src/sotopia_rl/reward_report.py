@@ -33,9 +33,7 @@ class Distribution:
     mean: float
     deviation: float
     low: float
-    quarter: float
     median: float
-    three_quarters: float
     high: float
     counts: tuple[int, ...]
 
@@ -126,16 +124,14 @@ def _keep(heap: list[tuple[float, int, Example]], entry: tuple[float, int, Examp
 
 
 def _distribution(name: str, values: Sequence[float]) -> Distribution:
-    low, quarter, median, three_quarters, high = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]).tolist()
+    low, median, high = np.quantile(values, [0, 0.5, 1]).tolist()
     counts, _ = np.histogram(values, bins=BINS, range=(low, high))
     return Distribution(
         name=name,
         mean=float(np.mean(values)),
         deviation=float(np.std(values)),
         low=low,
-        quarter=quarter,
         median=median,
-        three_quarters=three_quarters,
         high=high,
         counts=tuple(int(count) for count in counts),
     )
@@ -158,10 +154,10 @@ def report_text(report: RewardReport) -> str:
     """The report for a terminal."""
     lines = [f"{report.num_utterances} utterances of {report.num_episodes} episodes", ""]
     width = max(len(d.name) for d in report.distributions)
-    heads = ("mean", "sd", "min", "25%", "50%", "75%", "max")
-    lines.append(f"{'':{width}} " + "".join(f"{head:>7}" for head in heads) + "  distribution from min to max")
+    heads = ("mean", "sd", "min", "median", "max")
+    lines.append(f"{'':{width}} " + "".join(f"{head:>7}" for head in heads) + "  from min to max")
     for d in report.distributions:
-        numbers = (d.mean, d.deviation, d.low, d.quarter, d.median, d.three_quarters, d.high)
+        numbers = (d.mean, d.deviation, d.low, d.median, d.high)
         lines.append(f"{d.name:{width}} " + "".join(f"{number:7.2f}" for number in numbers) + f"  {d.bars}")
     lines += [f"{name} is constant: it adds nothing to the reward" for name in report.constant]
     lines += ["", "correlation of the points"]
@@ -169,7 +165,8 @@ def report_text(report: RewardReport) -> str:
         lines.append(f"{name:{width}} " + "".join("      -" if r is None else f"{r:7.2f}" for r in row))
     for title, examples in (("highest rewards", report.highest), ("lowest rewards", report.lowest)):
         lines += ["", title]
-        lines += [f"{e.reward.reward:5.2f}  {e.speaker} {_short(e.text)}  ({e.vector})" for e in examples]
+        for e in examples:
+            lines += [f"{e.reward.reward:5.2f}  {e.speaker} {_short(e.text)}", f"       {e.vector}"]
     return "\n".join(lines)
 
 

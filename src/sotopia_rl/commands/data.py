@@ -297,7 +297,7 @@ def reward(
         if report:
             from sotopia_rl.reward_report import write_reward_report
 
-            out.print(write_reward_report(data(), chosen, output), markup=False)
+            out.print(write_reward_report(data(), chosen, output), markup=False, soft_wrap=True)
     out.print(f"{count} rewarded utterances in {output}")
 
 
