@@ -49,6 +49,7 @@ def test_the_data_commands_end_in_training_rows(rows: Path) -> None:
     assert 0 <= row["value"] <= 10
     assert set(row["values"]) == {"goal", "relationship", "knowledge"}
     assert (rows / "sft.jsonl").read_text().count("\n") == (rows / "reward.jsonl").read_text().count("\n")
+    assert json.loads((rows / "provenance.json").read_text()) == {"judge": "scripted/judge", "attribution": "direct"}
 
 
 def made_base(rows: Path, folder: Path) -> Path:

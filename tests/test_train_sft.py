@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_missing_inputs_are_named(rows: Path, base: Path, tmp_path: Path, missin
 
 
 def test_a_folder_that_is_no_model_is_named(rows: Path, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no tokenizer|no model folder"):
+    with pytest.raises(DataError, match=r"not a model folder \(it has no config\.json\)"):
         train_sft(rows, rows.parent, SFT, tmp_path)
 
 
@@ -135,6 +136,7 @@ def test_a_tokenizer_that_pads_with_its_end_token_is_mended(base: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = pad
     tokenizer.save_pretrained(tmp_path)
+    shutil.copy(base / "config.json", tmp_path)
     mended = load_tokenizer(tmp_path)
     assert mended.pad_token == "<|pad|>"
     assert mended.pad_token_id != mended.eos_token_id
