@@ -1,6 +1,6 @@
 """A local OpenAI-compatible model server that costs next to nothing, in a process of its own.
 
-    python model_server.py PORT_FILE [--delay SECONDS]
+    python model_server.py PORT_FILE [--delay SECONDS] [--port PORT] [--replies COUNT]
 
 Agents always speak, so that every episode takes its 20 turns; judges get valid scores in the form that they asked
 for. The bodies are made once; the protocol is read by hand, because a web framework would take more of the machine
@@ -55,13 +55,19 @@ def _http(body: bytes) -> bytes:
 REASON = "The agent keeps to its character, says why it wants what it wants, and listens."
 PAIRS = {name: [REASON, 0] for name in DIMENSIONS}
 OURS = {name: {"reasoning": REASON, "score": 0} for name in DIMENSIONS}
-ACTION = response({"action_type": "speak", "argument": UTTERANCE})
+ACTIONS = [response({"action_type": "speak", "argument": UTTERANCE})]
+"""Given in turn."""
 # By a word that only that judge's prompt holds; ours is what is left.
 JUDGES = {
     b"agent_1_evaluation": response({"agent_1_evaluation": PAIRS, "agent_2_evaluation": PAIRS}),
     b"'evaluations' field": response({"evaluations": {"agent_1": PAIRS, "agent_2": PAIRS}}),
     b"": response({"agent_1": OURS, "agent_2": OURS}),
 }
+
+
+def different_action(number: int) -> bytes:
+    """An action whose utterance no other number has."""
+    return response({"action_type": "speak", "argument": f"{UTTERANCE} Say {number}?"})
 
 
 class Connection(asyncio.Protocol):
@@ -95,7 +101,7 @@ class Connection(asyncio.Protocol):
             return
         Connection.calls += 1
         if b"You are at Turn #" in body:
-            reply = ACTION
+            reply = ACTIONS[Connection.calls % len(ACTIONS)]
         else:
             reply = next(reply for word, reply in JUDGES.items() if word in body)
         if self.delay_seconds:
@@ -108,9 +114,9 @@ class Connection(asyncio.Protocol):
             self.transport.write(reply)
 
 
-async def serve(port_file: Path, delay_seconds: float) -> None:
+async def serve(port_file: Path, delay_seconds: float, port: int) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(partial(Connection, delay_seconds), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(partial(Connection, delay_seconds), "127.0.0.1", port, backlog=4096)
     part = port_file.with_suffix(".part")
     part.write_text(str(server.sockets[0].getsockname()[1]))
     part.rename(port_file)
@@ -121,8 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("port_file", type=Path, help="where to write the port, once it listens")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each reply")
+    parser.add_argument("--port", type=int, default=0, help="0 takes any")
+    parser.add_argument("--replies", type=int, default=1, help="different utterances")
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.port_file, arguments.delay))
+    ACTIONS.extend(different_action(number) for number in range(1, arguments.replies))
+    asyncio.run(serve(arguments.port_file, arguments.delay, arguments.port))
 
 
 if __name__ == "__main__":
