@@ -198,7 +198,10 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Loss", {"loss": "training", "eval_loss": "held out"}),
     ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
     ("Reward", {"reward": "after the validity gate", "reward_model_score": "by the reward model"}),
-    ("Score by the judge", {"eval_score": "held out"}),
+    (
+        "Judge, validation matches",
+        {"eval_score": "goal", "eval_believability": "believability", "eval_overall": "overall"},
+    ),
     ("Valid replies, share", {"validity": "valid"}),
     ("KL from the reference", {"kl": "KL"}),
     ("Entropy, nats per token", {"entropy": "entropy"}),
