@@ -91,13 +91,20 @@ def documented_flags() -> dict[str, set[str]]:
     """Flags used in the documentation, by command."""
     flags: dict[str, set[str]] = {}
     for line in shell_lines():
-        if match := re.match(r"(?:\S*/)?sotopia-rl ((?:(?:data|episodes|evaluate|manifest) (?=[a-z]))?[a-z]\S*)", line):
+        if match := re.match(
+            r"(?:\S*/)?sotopia-rl ((?:(?:data|episodes|evaluate|manifest|serve) (?=[a-z]))?[a-z]\S*)", line
+        ):
             flags.setdefault(match[1], set()).update(re.findall(r"(?<= )--[a-z][\w.-]*", line))
     return flags
 
 
 def test_documented_commands_exist():
-    assert {command.split()[0] for command in documented_flags()} <= set(COMMANDS) | {"episodes", "data", "manifest"}
+    assert {command.split()[0] for command in documented_flags()} <= set(COMMANDS) | {
+        "episodes",
+        "data",
+        "manifest",
+        "serve",
+    }
 
 
 @pytest.mark.parametrize("command", sorted(documented_flags()))
