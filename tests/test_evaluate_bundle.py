@@ -158,3 +158,16 @@ def test_a_zip_that_is_no_bundle_is_refused(packed, tmp_path):
         verify_bundle(changed(packed, tmp_path / "x.zip", "bundle.json", None))
     with pytest.raises(DataError, match=r"bundle\.json:"):
         verify_bundle(changed(packed, tmp_path / "x.zip", "bundle.json", b'{"files": 3}'))
+
+
+def test_a_matrix_is_bundled_and_verified_too(tmp_path, capsys):
+    world = ["--manifest", "sandbox-held-out", "--count", 6, "--judge", "scripted/judge"]
+    systems = ["--system", "tough=scripted/tough", "--system", "fair=scripted/fair"]
+    assert call("evaluate", "matrix", *world, *systems, "--output", tmp_path / "run") == 0
+    assert call("evaluate", "bundle", tmp_path / "run", "--output", tmp_path / "m.zip") == 0
+    assert call("evaluate", "verify", tmp_path / "m.zip") == 0
+    matrix = json.loads(content(tmp_path / "m.zip", "matrix.json"))
+    matrix["meetings"][0]["won"] += 1
+    forged = changed(tmp_path / "m.zip", tmp_path / "f.zip", "matrix.json", json.dumps(matrix).encode(), cover_up=True)
+    assert call("evaluate", "verify", forged) == 1
+    assert "matrix.json: tough - fair.won states" in capsys.readouterr().err

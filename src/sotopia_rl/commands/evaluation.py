@@ -332,8 +332,11 @@ def verify(bundle: ExistingFile, /) -> None:
         err.print(f"note     {note}", markup=False, soft_wrap=True)
     if not verdict.holds:
         raise EvaluationError(f"{bundle}: {len(verdict.problems)} of its statements do not hold")
-    out.print(f"{bundle}: {verdict.num_files} files have their hashes, and all {verdict.num_numbers} values of")
-    out.print("results.json follow from the episodes. That the named models said these things is not shown by it.")
+    out.print(
+        f"{bundle}: {verdict.num_files} files have their hashes, and all {verdict.num_numbers} values of its results "
+        "follow from the episodes. That the named models said these things is not shown by it.",
+        markup=False,
+    )
 
 
 MAX_PROBLEMS = 20

@@ -3,7 +3,7 @@
     bundle.json        the other files with their SHA-256       signature.json   HMAC over bundle.json, optional
     manifest.json      the matches       evaluation.json        who played, who judged, under which settings
     episodes/NAME.jsonl, episodes/NAME.again2.jsonl             conversations, ratings, failures
-    results.json       every number      report.html, report.md
+    results.json       every number      report.html, report.md (of a matrix: matrix.json, matrix.html, matrix.md)
 
 What a check proves: no file was changed since the bundle was made (the hashes, against somebody who cannot also change
 bundle.json; the signature, against everybody without the key), and every number of results.json follows from the
@@ -19,7 +19,7 @@ import hmac
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from sotopia_rl import __version__
 from sotopia_rl.episode import Record
 from sotopia_rl.errors import ConfigError, DataError, EvaluationError, SotopiaRLError
 from sotopia_rl.evaluate.folder import Plan, load_evaluation, load_plan, store_path
+from sotopia_rl.evaluate.matrix import STORE, MatrixResults, load_matrix, matrix_results
 from sotopia_rl.manifest import load_manifest
 from sotopia_rl.results import Results, load_results
 from sotopia_rl.store import open_store
@@ -42,7 +43,8 @@ KEY = "SOTOPIA_RL_BUNDLE_KEY"
 MAX_BYTES = 4 * 2**30
 """Of all files of a bundle, unpacked."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_ALWAYS = ("manifest.json", "evaluation.json", "results.json")
+_ALWAYS = ("manifest.json", "evaluation.json")
+_PAGES = ("report.html", "report.md", "matrix.html", "matrix.md")
 _TOLERANCE = 1e-9
 """Relative; other processors and libraries round differently."""
 
@@ -93,10 +95,11 @@ def write_bundle(folder: Path, output: Path, *, sign: bool = False) -> Contents:
     """
     key = _key(needed=True) if sign else None
     plan = load_plan(folder)
-    stated = load_results(folder / "results.json")
-    differing = list(_recomputed(folder, stated))
+    stated, differing = _recomputed(folder, plan)
     if differing:
-        raise EvaluationError(f"{folder}: results.json is not what its episodes give ({differing[0]}); compare again")
+        raise EvaluationError(
+            f"{folder}: {_claim(plan)} is not what its episodes give ({differing[0]}); compute it again"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         files = _gathered(folder, plan, Path(scratch))
         hashes = {name: _sha256(path) for name, path in sorted(files.items())}
@@ -118,18 +121,29 @@ def write_bundle(folder: Path, output: Path, *, sign: bool = False) -> Contents:
     return contents
 
 
+def _claim(plan: Plan) -> str:
+    """The file whose numbers are claimed."""
+    return "results.json" if plan.partners else "matrix.json"
+
+
+def _stores(plan: Plan) -> list[str]:
+    """File names of the stores that the numbers rest on."""
+    if not plan.partners:
+        return [STORE]
+    rounds = range(1, plan.judgements + 1)
+    return [store_path(Path(), system, again).name for system in plan.systems for again in rounds]
+
+
 def _gathered(folder: Path, plan: Plan, scratch: Path) -> dict[str, Path]:
-    files = {name: folder / name for name in (*_ALWAYS, "report.html", "report.md") if (folder / name).is_file()}
-    for system in plan.systems:
-        for again in range(1, plan.judgements + 1):
-            source = store_path(folder, system, again)
-            if source.is_file():
-                lines = scratch / f"{source.stem}.jsonl"
-                with closing(open_store(source, create=False)) as store:
-                    export_jsonl(store, lines)
-                    if again > 1:  # ratings without their episodes, which an export leaves out
-                        _append_ratings(store.ratings(), lines)
-                files[f"episodes/{lines.name}"] = lines
+    files = {name: folder / name for name in (*_ALWAYS, _claim(plan), *_PAGES) if (folder / name).is_file()}
+    for name in _stores(plan):
+        if (folder / name).is_file():
+            lines = (scratch / name).with_suffix(".jsonl")
+            with closing(open_store(folder / name, create=False)) as store:
+                export_jsonl(store, lines)
+                if not store.count():  # ratings without their episodes, which an export leaves out
+                    _append_ratings(store.ratings(), lines)
+            files[f"episodes/{lines.name}"] = lines
     return files
 
 
@@ -235,14 +249,18 @@ def _check_signature(data: bytes, listing: bytes, verdict: Verdict) -> None:
 
 def _unpack(archive: zipfile.ZipFile, contents: Contents, folder: Path, verdict: Verdict) -> None:
     """Hash every listed file, and lay out what the numbers are recomputed from, under names of our own."""
-    plan_data = archive.read("evaluation.json") if "evaluation.json" in archive.namelist() else b""
-    wanted = {"manifest.json": folder / "manifest.json", "evaluation.json": folder / "evaluation.json"}
-    wanted["results.json"] = folder / "results.json"
-    for system, again in _stores(plan_data):
-        target = store_path(folder, system, again)
-        wanted[f"episodes/{target.stem}.jsonl"] = target.with_suffix(".jsonl")
+    names = set(archive.namelist())
+    wanted = {name: folder / name for name in (*_ALWAYS, "results.json", "matrix.json")}
+    if "evaluation.json" in names:
+        try:
+            plan = Plan.model_validate_json(archive.read("evaluation.json"))
+        except ValidationError as error:
+            verdict.problems.append(f"evaluation.json: {error.errors()[0]['msg']}")
+        else:
+            places = ((folder / name).with_suffix(".jsonl") for name in _stores(plan))
+            wanted |= {f"episodes/{place.name}": place for place in places}
     for name, stated in contents.files.items():
-        if name not in archive.namelist():
+        if name not in names:
             continue
         data = archive.read(name)
         if (found := hashlib.sha256(data).hexdigest()) != stated:
@@ -251,54 +269,50 @@ def _unpack(archive: zipfile.ZipFile, contents: Contents, folder: Path, verdict:
             wanted[name].write_bytes(data)
 
 
-def _stores(plan_data: bytes) -> list[tuple[str, int]]:
-    try:
-        plan = Plan.model_validate_json(plan_data)
-    except ValidationError:
-        return []
-    return [(system, again) for system in plan.systems for again in range(1, plan.judgements + 1)]
-
-
 def _check_numbers(folder: Path, contents: Contents, verdict: Verdict) -> None:
     try:
-        manifest = load_manifest(folder / "manifest.json")
-        stated = load_results(folder / "results.json")
-        for label, found in (("bundle.json", contents.manifest_sha256), ("results.json", stated.manifest_sha256)):
+        plan, manifest = load_plan(folder), load_manifest(folder / "manifest.json")
+        for lines in sorted(folder.glob("*.jsonl")):
+            with closing(open_store(lines.with_suffix(".db"))) as store:
+                import_jsonl(lines, store)
+        stated, differing = _recomputed(folder, plan)
+        for label, found in (("bundle.json", contents.manifest_sha256), (_claim(plan), stated.manifest_sha256)):
             if found != manifest.sha256:
                 verdict.problems.append(
                     f"{label}: states manifest {found[:12]}, the matches hash to {manifest.sha256[:12]}"
                 )
-        for lines in sorted(folder.glob("*.jsonl")):
-            with closing(open_store(lines.with_suffix(".db"))) as store:
-                import_jsonl(lines, store)
         verdict.num_numbers = sum(1 for _ in _leaves(stated.model_dump(mode="json")))
-        verdict.problems += _recomputed(folder, stated)
+        verdict.problems += differing
     except SotopiaRLError as error:
         verdict.problems.append(str(error).replace(f"{folder}/", ""))
 
 
-def _recomputed(folder: Path, stated: Results) -> Iterator[str]:
-    """Every number of results.json that the episodes do not give again."""
-    baseline = stated.rows[0].system_b if stated.rows else None
-    found = load_evaluation([folder]).results(config=stated.config, baseline=baseline)
-    ours = found.model_copy(update={"notes": stated.notes, "seeds": stated.seeds})
-    if stated.package_version != __version__:
-        ours = ours.model_copy(update={"package_version": stated.package_version})
-    before = dict(_leaves(stated.model_dump(mode="json")))
-    after = dict(_leaves(ours.model_dump(mode="json")))
-    names = _row_names(stated)
+def _recomputed(folder: Path, plan: Plan) -> tuple[Results | MatrixResults, list[str]]:
+    """What a folder claims, and every number of it that the episodes do not give again."""
+    if plan.partners:
+        results = load_results(folder / "results.json")
+        baseline = results.rows[0].system_b if results.rows else None
+        ours = load_evaluation([folder]).results(config=results.config, baseline=baseline)
+        kept = {"notes": results.notes, "seeds": results.seeds, "package_version": results.package_version}
+        rows = (f"{row.system_a} - {row.system_b}, {row.setting}, {row.metric}" for row in results.rows)
+        return results, list(_differing("results.json", results, ours.model_copy(update=kept), "rows", tuple(rows)))
+    matrix = load_matrix(folder / "matrix.json")
+    manifest = load_manifest(folder / "manifest.json")
+    again = matrix_results(folder, plan, manifest, metric=matrix.metric, tie_margin=matrix.tie_margin)
+    again = again.model_copy(update={"package_version": matrix.package_version})
+    meetings = tuple(f"{m.system_a} - {m.system_b}" for m in matrix.meetings)
+    return matrix, list(_differing("matrix.json", matrix, again, "meetings", meetings))
+
+
+def _differing(file: str, stated: Record, ours: Record, rows: str, names: Sequence[str]) -> Iterator[str]:
+    """Every value that two records do not share; places in the list `rows` go by `names`."""
+    before, after = (dict(_leaves(record.model_dump(mode="json"))) for record in (stated, ours))
+    named = {f"{rows}[{i}]": name for i, name in enumerate(names)}
     for place in sorted(before.keys() | after.keys()):
         if not _equal(before.get(place), after.get(place)):
-            head, _, rest = place.partition("].")
-            named = f"{names[head + ']']}.{rest}" if head + "]" in names else place
-            yield f"results.json: {named} states {before.get(place)}, the episodes give {after.get(place)}"
-
-
-def _row_names(results: Results) -> dict[str, str]:
-    return {
-        f"rows[{i}]": f"{row.system_a} - {row.system_b}, {row.setting}, {row.metric}"
-        for i, row in enumerate(results.rows)
-    }
+            head, dot, rest = place.partition("].")
+            told = f"{named[head + ']']}.{rest}" if dot and head + "]" in named else place
+            yield f"{file}: {told} states {before.get(place)}, the episodes give {after.get(place)}"
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
