@@ -187,14 +187,23 @@ def test_out_of_memory_says_which_settings_to_lower_and_the_run_goes_on_under_th
 def test_out_of_memory_in_grpo_names_its_own_settings(
     rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
 ) -> None:
+    short = GRPO.model_copy(update={"max_steps": 3})
     with pytest.raises(
         TrainingError,
         match=r"lower batch_size \(8\), and resume; or in a new folder lower "
         r"max_prompt_length, lower max_completion_length, set quantise: nf4",
     ):
-        train_grpo(rows, base, sft_adapter, reward_adapter, GRPO, tmp_path, progress=allocate_too_much)
-    smaller = GRPO.model_copy(update={"batch_size": 4})
+        train_grpo(rows, base, sft_adapter, reward_adapter, short, tmp_path, progress=allocate_too_much)
+    smaller = short.model_copy(update={"batch_size": 4})
     assert train_grpo(rows, base, sft_adapter, reward_adapter, smaller, tmp_path).is_dir()
+
+
+def test_the_memory_of_a_gpu_is_called_that(rows: Path, base: Path, tmp_path: Path) -> None:
+    def fill(done: int, total: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(TrainingError, match="the GPU is out of memory; set gradient_checkpointing: true or lower"):
+        train_sft(rows, base, SFT.model_copy(update={"max_steps": 1}), tmp_path, progress=fill)
 
 
 def test_other_errors_of_torch_stay_what_they_are(rows: Path, base: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from sotopia_rl.train.folder import RunFolder, read_json, read_metrics, write_text
+from sotopia_rl.train.folder import FREE, RunFolder, read_json, read_metrics, write_text
 from sotopia_rl.train.reward_report import RewardReport
 
 PURPOSES = {
@@ -83,7 +83,7 @@ def card_text(result: Path, run: RunFolder, paths: Mapping[str, Path], facts: Ma
             best_step=facts.get("best_step") if best else None,
             collapsed=collapsed,
             curves=_curves(run),
-            settings=yaml.safe_dump(claimed["settings"], sort_keys=False, allow_unicode=True),
+            settings=yaml.safe_dump(_telling(claimed["settings"]), sort_keys=False, allow_unicode=True),
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             version={name: _version(name) for name in PACKAGES},
             limits=[*LIMITS[stage], *COMMON_LIMITS],
@@ -146,6 +146,11 @@ def _curves(run: RunFolder) -> dict[str, tuple[float, float]]:
             if isinstance(value, int | float) and name not in UNTOLD and not name.endswith("_per_second"):
                 curves[name] = (curves.get(name, (value,))[0], value)
     return curves
+
+
+def _telling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that made the result what it is; addresses of servers are nobody's business."""
+    return {name: value for name, value in settings.items() if name not in FREE}
 
 
 def _version(package: str) -> str:
