@@ -9,33 +9,29 @@ from sotopia_rl import sandbox
 from sotopia_rl.dataset import PromptRow
 from sotopia_rl.episode import Action, AgentSpec, Sampling
 from sotopia_rl.judge import JudgeConfig
-from sotopia_rl.llm.open import ModelPool
+from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.models import Message
-from sotopia_rl.monitor import judge_policy, secret_leaks, validation_pairings
+from sotopia_rl.monitor import Monitor, secret_leaks, validation_pairings
 from sotopia_rl.sandbox import SCRIPTED
 from sotopia_rl.simulate import Pairing, SimulateConfig, play
-from sotopia_rl.store import EpisodeStore, open_store
+from sotopia_rl.store import open_store
 
 MATCHES = sandbox.matches("train", 6, seed=3)
 PARTNERS = [AgentSpec(model="scripted/fair"), AgentSpec(model="scripted/tough")]
 
 
-def looked_at(store: EpisodeStore, policy: str, *, judge: str = "scripted/judge") -> dict[str, float]:
-    async def look() -> dict[str, float]:
-        async with ModelPool() as pool:
-            return await judge_policy(
-                pool.get(policy),
-                pool,
-                store,
-                MATCHES,
-                partners=PARTNERS,
-                judge=judge,
-                sampling=Sampling(),
-                simulate=SimulateConfig(max_turns=8),
-                judging=JudgeConfig(),
-            )
-
-    return asyncio.run(look())
+def looked_at(episodes: Path, policy: str, *, judge: str = "scripted/judge") -> dict[str, float]:
+    monitor = Monitor(
+        matches=MATCHES,
+        partners=PARTNERS,
+        judge=judge,
+        sampling=Sampling(),
+        simulate=SimulateConfig(max_turns=8),
+        judging=JudgeConfig(),
+        limits=ModelLimits(),
+        budget=Budget(),
+    )
+    return asyncio.run(monitor.look(SCRIPTED[policy](), episodes))
 
 
 def test_the_partners_take_turns_and_the_policy_sits_where_the_match_says():
@@ -46,24 +42,24 @@ def test_the_partners_take_turns_and_the_policy_sits_where_the_match_says():
 
 
 def test_a_good_policy_is_told_from_a_bad_one_and_its_score_is_its_goal(tmp_path: Path):
-    with open_store(tmp_path / "v.db") as store:
-        fair, hasty = looked_at(store, "scripted/fair"), looked_at(store, "scripted/hasty")
+    fair, hasty = (looked_at(tmp_path / "v.db", name) for name in ("fair", "hasty"))
     assert fair["score"] == fair["goal"] > hasty["score"]
     assert fair["judge_failed"] == 0
     assert {"overall", "believability", "words_per_utterance", "secret_leaks"} <= fair.keys()
 
 
 def test_a_second_look_at_the_same_step_plays_nothing_again(tmp_path: Path):
+    first = looked_at(tmp_path / "v.db", "fair")
     with open_store(tmp_path / "v.db") as store:
-        first = looked_at(store, "scripted/fair")
-        count = store.count()
-        assert looked_at(store, "scripted/fair") == first
-        assert store.count() == count == len(MATCHES)
+        before = list(store.episodes())
+    assert looked_at(tmp_path / "v.db", "fair") == first
+    with open_store(tmp_path / "v.db") as store:
+        assert list(store.episodes()) == before
+    assert len(before) == len(MATCHES)
 
 
 def test_where_nothing_can_be_judged_there_is_no_score_but_the_share_that_failed(tmp_path: Path):
-    with open_store(tmp_path / "v.db") as store:
-        assert looked_at(store, "scripted/fair", judge="scripted/rude") == {"judge_failed": 1.0}
+    assert looked_at(tmp_path / "v.db", "fair", judge="scripted/rude") == {"judge_failed": 1.0}
 
 
 @pytest.fixture

@@ -6,19 +6,28 @@ stands, and judged. The episodes are kept, so a look at them shows how the polic
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from sotopia_rl import sandbox
 from sotopia_rl.dataset import PromptRow
 from sotopia_rl.episode import AgentSpec, Match, Sampling
 from sotopia_rl.evaluate import metrics_of
 from sotopia_rl.judge import JudgeConfig
+from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.models import ChatModel
 from sotopia_rl.simulate import Pairing, SimulateConfig, parse_action
 from sotopia_rl.stages import play_and_judge
-from sotopia_rl.store import EpisodeQuery, EpisodeStore
+from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
+
+if TYPE_CHECKING:
+    from sotopia_rl.train.grpo import EvalHook, Policy
 
 CURVES = ("goal", "overall", "believability", "words_per_utterance", "secret_leaks")
 """Metrics of the final evaluation that are followed during training, where the judge gives them."""
@@ -33,47 +42,65 @@ def validation_pairings(matches: Sequence[Match], system: AgentSpec, partners: S
     ]
 
 
-async def judge_policy(
-    policy: ChatModel,
-    pool: ModelPool,
-    store: EpisodeStore,
-    matches: Sequence[Match],
-    *,
-    partners: Sequence[AgentSpec],
-    judge: str,
-    sampling: Sampling,
-    simulate: SimulateConfig,
-    judging: JudgeConfig,
-) -> dict[str, float]:
-    """Mean metrics of the policy over the validation matches, into the curves of a training run.
+@dataclass(frozen=True)
+class Monitor:
+    """What the policy plays while it trains, against whom, and who judges.
 
-    Args:
-        policy: Added to the pool under its own name, which is also the tag of its episodes.
-        store: Keeps the episodes; what is there already is not played again.
-
-    Returns:
-        `score` (mean goal score in points, or the overall score where no goal is judged), the means of
-        `CURVES`, and `judge_failed`, the share of matches without a score. Only that share where none has one.
+    Attributes:
+        simulate: The rules, and the wording of the prompts: that of the training rows.
+        sampling: Of the policy.
     """
-    pool.add(policy)
-    system = AgentSpec(model=policy.name, sampling=sampling)
-    await play_and_judge(
-        pool,
-        store,
-        validation_pairings(matches, system, partners),
-        judge,
-        tag=policy.name,
-        simulate=simulate,
-        judging=judging,
-        watch=lambda _: None,
-    )
-    found = [
-        metrics_of(episode, rating, episode.match.seat)
-        for episode, rating in store.rated(EpisodeQuery(tag=policy.name, status="completed"), judge=judge)
-    ]
-    means = {name: fmean(m[name] for m in found) for name in CURVES if found and all(name in m for m in found)}
-    score = {"score": means.get("goal", means["overall"])} if means else {}
-    return score | means | {"judge_failed": 1 - len(found) / len(matches)}
+
+    matches: Sequence[Match]
+    partners: Sequence[AgentSpec]
+    judge: str
+    sampling: Sampling
+    simulate: SimulateConfig
+    judging: JudgeConfig
+    limits: ModelLimits
+    budget: Budget
+
+    def hook(self, out: Path) -> EvalHook:
+        """For `train_grpo`: plays with the weights as they are, in `out/validation.db`."""
+        from sotopia_rl.llm.in_process import LocalBase, LocalModel  # noqa: PLC0415 - torch
+
+        def look(step: int, policy: Policy) -> dict[str, float]:
+            base = LocalBase.around(policy.model, policy.tokenizer, out, self.limits)
+            model = LocalModel(f"local/{out.resolve()}/step-{step}", base)
+            return asyncio.run(self.look(model, out / "validation.db"))
+
+        return look
+
+    async def look(self, policy: ChatModel, episodes: Path) -> dict[str, float]:
+        """Mean metrics of the policy over the matches, into the curves of a training run.
+
+        Args:
+            policy: Its name is also the tag of its episodes.
+            episodes: Store that keeps them; what is there already is not played again.
+
+        Returns:
+            `score` (mean goal score in points, or the overall score where no goal is judged), the means of
+            `CURVES`, and `judge_failed`, the share of matches without a score. Only that share where none has one.
+        """
+        with closing(open_store(episodes)) as store:
+            async with ModelPool(self.limits, budget=self.budget) as pool:
+                pool.add(policy)
+                system = AgentSpec(model=policy.name, sampling=self.sampling)
+                await play_and_judge(
+                    pool,
+                    store,
+                    validation_pairings(self.matches, system, self.partners),
+                    self.judge,
+                    tag=policy.name,
+                    simulate=self.simulate,
+                    judging=self.judging,
+                    watch=lambda _: None,
+                )
+            rated = store.rated(EpisodeQuery(tag=policy.name, status="completed"), judge=self.judge)
+            found = [metrics_of(episode, rating, episode.match.seat) for episode, rating in rated]
+        means = {name: fmean(m[name] for m in found) for name in CURVES if found and all(name in m for m in found)}
+        score = {"score": means.get("goal", means["overall"])} if means else {}
+        return score | means | {"judge_failed": 1 - len(found) / len(self.matches)}
 
 
 def secret_leaks(store: EpisodeStore) -> Callable[[PromptRow, str], bool]:

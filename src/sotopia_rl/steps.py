@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from sotopia_rl import profiles, sandbox, stages
 from sotopia_rl.attribute import COMPUTED, METHODS
@@ -37,7 +37,7 @@ from sotopia_rl.files import read_text, write_text
 from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest
-from sotopia_rl.monitor import judge_policy, secret_leaks
+from sotopia_rl.monitor import Monitor, secret_leaks
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.results import load_results
 from sotopia_rl.reward import Credited
@@ -45,9 +45,6 @@ from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.stages import Watch
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
 from sotopia_rl.train.folder import read_metrics
-
-if TYPE_CHECKING:
-    from sotopia_rl.train.grpo import EvalHook, Policy
 
 T = TypeVar("T")
 Inputs = Mapping[str, Path]
@@ -252,37 +249,23 @@ def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
             out,
             resume=True,
             progress=_steps(run, "grpo"),
-            eval_hook=_judging_hook(run, e, out, validation) if validation.is_file() else None,
+            eval_hook=_monitor(run, e, validation).hook(out) if validation.is_file() else None,
             leaks_secret=None if episodes is None else secret_leaks(episodes),
         )
 
 
-def _judging_hook(run: Run, e: Experiment, out: Path, validation: Path) -> EvalHook:
+def _monitor(run: Run, e: Experiment, manifest: Path) -> Monitor:
     """The judge's look at a policy in training."""
-    from sotopia_rl.llm.in_process import LocalBase, LocalModel  # noqa: PLC0415
-
-    matches = load_manifest(validation).matches
-
-    def look(step: int, policy: Policy) -> dict[str, float]:
-        base = LocalBase.around(policy.model, policy.tokenizer, out, run.limits)
-        model = LocalModel(f"local/{out.resolve()}/step-{step}", base)
-        with closing(open_store(out / "validation.db")) as store:
-            return _with_models(
-                run,
-                lambda pool: judge_policy(
-                    model,
-                    pool,
-                    store,
-                    matches,
-                    partners=_partners(e),
-                    judge=e.judge_model,
-                    sampling=Sampling(temperature=e.evaluate.temperature, max_tokens=e.evaluate.max_tokens),
-                    simulate=_panel_rules(e),
-                    judging=e.judge,
-                ),
-            )
-
-    return look
+    return Monitor(
+        matches=load_manifest(manifest).matches,
+        partners=_partners(e),
+        judge=e.judge_model,
+        sampling=Sampling(temperature=e.evaluate.temperature, max_tokens=e.evaluate.max_tokens),
+        simulate=_panel_rules(e),
+        judging=e.judge,
+        limits=run.limits,
+        budget=run.budget,
+    )
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.types import ExistingFile
 
 from sotopia_rl.commands.options import resolve
 from sotopia_rl.console import bars, out
+from sotopia_rl.episode import AgentSpec, Sampling
+from sotopia_rl.errors import ConfigError
+from sotopia_rl.judge import JudgeConfig
+from sotopia_rl.manifest import load_manifest
+from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.stages import StepWatch, step_watch
 from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings
+
+if TYPE_CHECKING:
+    from sotopia_rl.monitor import Monitor
 
 
 def sft(
@@ -91,6 +99,10 @@ def grpo(
     output: Path,
     config: ExistingFile | None = None,
     settings: Annotated[GRPOSettings, Parameter(name="*")] = GRPOSettings(),  # noqa: B008  frozen
+    validation: ExistingFile | None = None,
+    judge: str | None = None,
+    partner: list[str] | None = None,
+    prompt_profile: str = "default",
     resume: bool = True,
 ) -> None:
     """Train the policy against the reward model, both adapters of one base.
@@ -109,6 +121,15 @@ def grpo(
         Run folder; the adapter will be in its adapter/.
     config
         YAML file with any of the settings below.
+    validation
+        Manifest of matches (sotopia-rl manifest freeze) that the policy plays and the judge rates every eval_every
+        steps; with it, keep: best means the judge's best goal score.
+    judge
+        Model string of that judge.
+    partner
+        Model string of who it plays against; several take turns.
+    prompt_profile
+        Wording of the prompts in those matches: that of the training rows.
     resume
         Go on with an interrupted run; --no-resume refuses one.
     """
@@ -116,11 +137,45 @@ def grpo(
     from sotopia_rl.train.grpo import train_grpo
 
     chosen = resolve(settings, config)
+    monitor = None if validation is None else _monitor(validation, judge, partner or [], prompt_profile, chosen)
     with _steps("grpo") as progress:
         result = train_grpo(
-            prompts, resolve_model_folder(base), policy, reward_model, chosen, output, resume=resume, progress=progress
+            prompts,
+            resolve_model_folder(base),
+            policy,
+            reward_model,
+            chosen,
+            output,
+            resume=resume,
+            progress=progress,
+            eval_hook=None if monitor is None else monitor.hook(output),
         )
     out.print(f"adapter {result}")
+
+
+def _monitor(
+    validation: Path, judge: str | None, partners: list[str], prompt_profile: str, settings: GRPOSettings
+) -> Monitor:
+    """Raises `ConfigError` where judge or partner is missing, or a model string is wrong: before training starts."""
+    from sotopia_rl.llm.limits import Budget, ModelLimits
+    from sotopia_rl.llm.open import ModelPool
+    from sotopia_rl.monitor import Monitor
+
+    if judge is None or not partners:
+        raise ConfigError("--validation needs a --judge and at least one --partner")
+    for name in (judge, *partners):
+        ModelPool().get(name)
+    sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_completion_length)
+    return Monitor(
+        matches=load_manifest(validation).matches,
+        partners=[AgentSpec(model=name, sampling=Sampling(max_tokens=sampling.max_tokens)) for name in partners],
+        judge=judge,
+        sampling=sampling,
+        simulate=SimulateConfig(prompt_profile=prompt_profile),
+        judging=JudgeConfig(),
+        limits=ModelLimits(),
+        budget=Budget(),
+    )
 
 
 @contextmanager
