@@ -18,7 +18,7 @@ from sotopia_rl.report.charts import strip
 from sotopia_rl.report.wording import plan_text, sd_text
 from sotopia_rl.report.wording import tests_text as how_many_tests
 from sotopia_rl.results import METRICS
-from test_report import outline
+from test_report import chromium, outline
 
 OVER = manifest()
 SKILL = {"sft": 4.0, "grpo": 6.0}
@@ -172,3 +172,24 @@ def test_a_strip_of_many_scenarios_drops_the_names_and_keeps_the_dots():
 )
 def test_variances_are_shown_as_points_and_never_below_zero(variance, low, high, text):
     assert sd_text(variance, low, high) == text
+
+
+WIDTH = """
+<script>
+  const root = document.documentElement;
+  const cards = [...document.querySelectorAll(".card")].filter((card) => card.scrollWidth > card.clientWidth + 1);
+  const stuck = cards.filter((card) => getComputedStyle(card).overflowX !== "auto").length;
+  root.setAttribute("data-wide", `${root.scrollWidth - root.clientWidth} ${stuck}`);
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_fits_its_window_in_chromium(page, tmp_path, width):
+    path = tmp_path / "page.html"
+    text = (page / "report.html").read_text(encoding="utf-8")
+    path.write_text(text.replace("</body>", WIDTH + "</body>"), encoding="utf-8")
+    dom, console = chromium(path, tmp_path, f"--window-size={width},900")
+    assert console == []
+    assert re.search(r'data-wide="([^"]*)"', dom).group(1) == "0 0"

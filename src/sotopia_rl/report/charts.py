@@ -128,6 +128,7 @@ def line_chart(
         if line.style in ("line", "dashed")
     ]
     last = described or "; ".join(f"{line.label} ends at {number(line.points[-1][1])}" for line in lines if line.points)
+    to_read_off = {"tabindex": 0, "data_x": x_label, "data_lines": json.dumps(shown, separators=(",", ":"))}
     return _tag(
         "svg",
         _tag("title", escape(f"{title}: {last}")),
@@ -135,10 +136,8 @@ def line_chart(
         viewBox=f"0 0 {width} {height}",
         class_="chart",
         role="img",
-        tabindex=0,
         aria_label=f"{title}: {last}",
-        data_x=x_label,
-        data_lines=json.dumps(shown, separators=(",", ":")),
+        **(to_read_off if shown else {}),
     )
 
 
