@@ -18,6 +18,7 @@ from sotopia_rl.llm.open import (
     ModelPool,
     OpenAIName,
     ScriptedName,
+    VLLMName,
     open_model,
     parse_name,
 )
@@ -34,6 +35,7 @@ from sotopia_rl.llm.prices import price_of
         ("custom/a@b@http://h/v1", CustomName("a@b", "http://h/v1")),
         ("local/models/base", LocalName(Path("models/base"), None)),
         ("local//abs/base:runs/sft", LocalName(Path("/abs/base"), Path("runs/sft"))),
+        ("vllm//abs/base:runs/sft", VLLMName(Path("/abs/base"), Path("runs/sft"))),
         ("local/smollm2", LocalName(Path("smollm2"), None)),
         ("scripted/fair", ScriptedName("fair")),
     ],

@@ -3,6 +3,7 @@
     openai/gpt-4o                     OpenAI, key from OPENAI_API_KEY
     custom/NAME@http://host:port/v1   any OpenAI-compatible server
     local/PATH[:ADAPTER]              transformers, in this process
+    vllm/PATH[:ADAPTER]               vLLM, started for the run
     scripted/NAME                     a deterministic model that ships with the package
 
 Everything that talks does so through `ChatModel.complete`; nothing else is known of a model.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +25,6 @@ def serve_vllm(
     *,
     base: str,
     adapter: list[str] | None = None,
-    python: Path | None = None,
     log: Path | None = None,
     print_: Annotated[bool, Parameter(name="--print", negative="")] = False,
     config: ExistingFile | None = None,
@@ -40,8 +38,6 @@ def serve_vllm(
         Model folder, or `smollm2`.
     adapter
         NAME=PATH; may be given several times.
-    python
-        Interpreter of the environment that vLLM is installed in; this one by default.
     log
         File for vLLM's output; one in the temporary folder by default.
     print_
@@ -56,12 +52,12 @@ def serve_vllm(
     chosen = resolve(settings, config)
     folder, adapters = resolve_model_folder(base), named_adapters(adapter or [])
     if print_:
-        command = vllm_command(folder, adapters, chosen, python or Path(sys.executable))
+        command = vllm_command(folder, adapters, chosen)
         out.print(shell_command(command, vllm_environment(chosen)), soft_wrap=True, markup=False)
         return
     with suppress(KeyboardInterrupt), terminated_like_ctrl_c(), ExitStack() as stack:
         with starting("vLLM") as watch:
-            server = stack.enter_context(VLLMServer(folder, adapters, chosen, python=python, log=log, watch=watch))
+            server = stack.enter_context(VLLMServer(folder, adapters, chosen, log=log, watch=watch))
         for name in (None, *adapters):
             out.print(server.model(name), soft_wrap=True, markup=False)
         err.print(f"vLLM answers; its output is in {server.log}; Ctrl-C stops it", soft_wrap=True, markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -44,6 +45,8 @@ class ModelLimits(Config):
     """In-process models: memory for what is known of recent prompts, so that a conversation is not read anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """In-process models: where they run."""
+    vllm: Path | None = None
+    """vllm/ models: YAML file with settings of `serve vllm`, `python` (vLLM's interpreter) among them."""
 
 
 @dataclass

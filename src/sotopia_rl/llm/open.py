@@ -1,8 +1,9 @@
-"""From a model string to a model: the one place where the four kinds are told apart.
+"""From a model string to a model: the one place where the kinds are told apart.
 
 openai/gpt-4o                     OpenAI, key from OPENAI_API_KEY
 custom/NAME@http://host:port/v1   any OpenAI-compatible server, key from SOTOPIA_RL_KEY_HOST_PORT
 local/PATH[:ADAPTER]              transformers, in this process
+vllm/PATH[:ADAPTER]               vLLM, started for the run
 scripted/NAME                     a deterministic model that ships with the package
 """
 
@@ -27,9 +28,10 @@ from sotopia_rl.models import ChatModel
 if TYPE_CHECKING:  # aiohttp and torch are imported when a model needs them: `--help` needs neither
     from sotopia_rl.llm.endpoint import Endpoint
     from sotopia_rl.llm.in_process import LocalBase
+    from sotopia_rl.serve.model import ServedBase
 
 OPENAI_KEY = "OPENAI_API_KEY"
-FORMS = "openai/NAME, custom/NAME@http://host:port/v1, local/PATH[:ADAPTER] or scripted/NAME"
+FORMS = "openai/NAME, custom/NAME@http://host:port/v1, local/PATH[:ADAPTER], vllm/PATH[:ADAPTER] or scripted/NAME"
 
 _CUSTOM = re.compile(r"(?P<name>.+)@(?P<url>https?://.+)")
 
@@ -53,15 +55,21 @@ class LocalName:
 
 
 @dataclass(frozen=True)
+class VLLMName:
+    path: Path
+    adapter: Path | None
+
+
+@dataclass(frozen=True)
 class ScriptedName:
     name: str
 
 
-def parse_name(text: str) -> OpenAIName | CustomName | LocalName | ScriptedName:
+def parse_name(text: str) -> OpenAIName | CustomName | LocalName | VLLMName | ScriptedName:
     """What a model string names; nothing is opened or looked up.
 
     Raises:
-        ConfigError: The string has none of the four forms.
+        ConfigError: The string has none of these forms.
     """
     kind, _, rest = text.partition("/")
     if not rest or text != text.strip():
@@ -71,10 +79,12 @@ def parse_name(text: str) -> OpenAIName | CustomName | LocalName | ScriptedName:
     if kind == "scripted":
         return ScriptedName(rest)
     if kind == "local":
-        return _parse_local(rest)
+        return LocalName(*_folders(rest))
+    if kind == "vllm":
+        return VLLMName(*_folders(rest))
     if kind == "custom":
         return _parse_custom(text, rest)
-    near = difflib.get_close_matches(kind, ["openai", "custom", "local", "scripted"], n=1)
+    near = difflib.get_close_matches(kind, ["openai", "custom", "local", "vllm", "scripted"], n=1)
     hint = f", did you mean {near[0]}/{rest}?" if near else f"; write {FORMS}"
     raise ConfigError(f"{text!r} names no model: unknown kind {kind!r}{hint}")
 
@@ -100,11 +110,12 @@ def _parse_custom(text: str, rest: str) -> CustomName:
     return CustomName(match["name"], url)
 
 
-def _parse_local(rest: str) -> LocalName:
+def _folders(rest: str) -> tuple[Path, Path | None]:
+    """PATH and ADAPTER."""
     if Path(rest).is_dir():  # a folder whose name holds a colon
-        return LocalName(Path(rest), None)
+        return Path(rest), None
     path, colon, adapter = rest.rpartition(":")
-    return LocalName(Path(path), Path(adapter)) if colon and path and adapter else LocalName(Path(rest), None)
+    return (Path(path), Path(adapter)) if colon and path and adapter else (Path(rest), None)
 
 
 class ModelPool:
@@ -120,6 +131,7 @@ class ModelPool:
         self._models: dict[str, ChatModel] = {}
         self._endpoints: dict[str, Endpoint] = {}
         self._bases: dict[Path, LocalBase] = {}
+        self._served: dict[Path, ServedBase] = {}
 
     def get(self, name: str) -> ChatModel:
         """The model that `name` names, opened on first use; connections and weights come with its first call.
@@ -150,6 +162,7 @@ class ModelPool:
         self._models.clear()
         self._endpoints.clear()
         self._bases.clear()
+        self._served.clear()
 
     def _open(self, name: str) -> ChatModel:
         parsed = parse_name(name)
@@ -157,6 +170,8 @@ class ModelPool:
             return _scripted(parsed)
         if isinstance(parsed, LocalName):
             return self._local(name, parsed)
+        if isinstance(parsed, VLLMName):
+            return self._vllm(name, parsed)
         return self._http(name, parsed)
 
     def _http(self, name: str, parsed: OpenAIName | CustomName) -> ChatModel:
@@ -198,6 +213,15 @@ class ModelPool:
         if key not in self._bases:
             self._bases[key] = LocalBase(path, self.limits)
         return LocalModel(name, self._bases[key], parsed.adapter)
+
+    def _vllm(self, name: str, parsed: VLLMName) -> ChatModel:
+        from sotopia_rl.serve.model import ServedBase, ServedModel, vllm_settings
+
+        path = resolve_model_folder(parsed.path)
+        key = path.resolve()
+        if key not in self._served:
+            self._served[key] = ServedBase(path, vllm_settings(self.limits.vllm), self.limits, self.budget)
+        return ServedModel(name, self._served[key], self._served[key].add(parsed.adapter))
 
 
 def resolve_model_folder(path: str | Path) -> Path:

@@ -1,6 +1,6 @@
 """vLLM for a base with LoRA adapters: its process, and its adapters while it runs.
 
-vLLM is not imported here. It is a process of its own, often of another Python environment (`python`), and is
+vLLM is not imported here. It is a process of its own, often of another Python environment, and is
 spoken to over HTTP. A policy server and a reward model server are two processes: vLLM either generates or scores.
 
     with VLLMServer(base, {"sft": sft_adapter}) as server:
@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -32,6 +31,7 @@ from sotopia_rl.serve.vllm_command import (
     Watch,
     base_name,
     check_request,
+    interpreter,
     server_url,
     vllm_command,
     vllm_environment,
@@ -56,7 +56,6 @@ class VLLMServer:
         adapters: Mapping[str, Path] | None = None,
         settings: VLLMSettings | None = None,
         *,
-        python: Path | None = None,
         log: Path | None = None,
         watch: Watch | None = None,
     ) -> None:
@@ -64,7 +63,6 @@ class VLLMServer:
 
         Args:
             adapters: Folders by the names that clients will use.
-            python: Interpreter of the environment that vLLM is installed in; this one by default.
             log: File for vLLM's output; one in the temporary folder by default, kept only if vLLM dies.
 
         Raises:
@@ -72,12 +70,11 @@ class VLLMServer:
         """
         self.base, self.adapters = base, dict(adapters or {})
         self.settings = settings or VLLMSettings()
-        self.python = python or Path(sys.executable)
         self._temporary = log is None
         self.log = log or Path(tempfile.gettempdir()) / f"vllm-{os.getpid()}-{id(self):x}.log"
         self._watch = watch
         self._process: subprocess.Popen[bytes] | None = None
-        vllm_command(self.base, self.adapters, self.settings, self.python)
+        vllm_command(self.base, self.adapters, self.settings)
 
     @property
     def url(self) -> str:
@@ -97,15 +94,17 @@ class VLLMServer:
         limit = check_request(self.base, self.adapters, self.settings)
         check_request(self.base, {name: path}, self.settings.model_copy(update={"max_lora_rank": limit}))
         load_adapter(self.url, name, path)
+        self.adapters[name] = path
 
     def unload_adapter(self, name: str) -> None:
         """Stop serving `name`."""
         unload_adapter(self.url, name)
+        self.adapters.pop(name, None)
 
     def __enter__(self) -> Self:
-        check_vllm(self.python)
+        check_vllm(interpreter(self.settings))
         self.settings = self.settings.model_copy(update={"port": free_port(self.settings.host, self.settings.port)})
-        command = vllm_command(self.base, self.adapters, self.settings, self.python)
+        command = vllm_command(self.base, self.adapters, self.settings)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  the command is ours
@@ -124,13 +123,18 @@ class VLLMServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        died = self._process is not None and self._process.poll() is not None
-        trouble = self._words("died") if died else ""
+        trouble = self.trouble
         self.stop()
-        if died and kind is not ServingError:
+        if trouble is not None and kind is not ServingError:
             raise ServingError(trouble)
-        if self._temporary and not died:
+        if trouble is None and self._temporary:
             self.log.unlink(missing_ok=True)
+
+    @property
+    def trouble(self) -> str | None:
+        """How vLLM ended by itself, with its last lines; None while it runs."""
+        ended = self._process is not None and self._process.poll() is not None
+        return self._words("died") if ended else None
 
     def wait(self) -> None:
         """Until vLLM ends by itself.

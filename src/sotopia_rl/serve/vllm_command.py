@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,8 @@ Watch = Callable[[float, str], None]
 class VLLMSettings(Config):
     """How vLLM serves; each field is mapped once onto the vLLM option that it stands for."""
 
+    python: Path | None = None
+    """Interpreter of the environment that vLLM is installed in; empty takes this one."""
     task: Literal["generate", "reward"] = "generate"
     """`generate` text, or score token ids with `reward` adapters (classification heads included)."""
     host: str = "127.0.0.1"
@@ -62,7 +65,7 @@ class VLLMSettings(Config):
     """Time from the start until it must answer."""
 
 
-def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSettings, python: Path) -> list[str]:
+def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSettings) -> list[str]:
     """The command that serves `base` with `adapters`; what it needs in the environment is in `vllm_environment`.
 
     Raises:
@@ -88,7 +91,7 @@ def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSetting
     }
     if settings.task == "reward":
         options |= _reward_options(adapters)
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
+    command = [str(interpreter(settings)), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
     for name, value in options.items():
         command += [name, str(value)] if value is not None else []
     if settings.enforce_eager:
@@ -98,6 +101,11 @@ def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSetting
     if adapters:
         command += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
     return command
+
+
+def interpreter(settings: VLLMSettings) -> Path:
+    """The Python that runs vLLM."""
+    return settings.python or Path(sys.executable)
 
 
 def _reward_options(adapters: Mapping[str, Path]) -> dict[str, object]:

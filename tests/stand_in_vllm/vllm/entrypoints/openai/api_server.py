@@ -36,6 +36,10 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if os.environ.get("VLLM_API_KEY") not in {None, self.headers.get("Authorization", "").removeprefix("Bearer ")}:
             self.answer(401, b'{"error": "Unauthorized"}')
+        elif self.path == "/v1/chat/completions":
+            said = {"action_type": "speak", "argument": adapters.get(body["model"], body["model"])}
+            choice = {"message": {"role": "assistant", "content": json.dumps(said)}, "finish_reason": "stop"}
+            self.answer(200, json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3}}).encode())
         elif self.path == "/v1/load_lora_adapter":
             adapters[body["lora_name"]] = body["lora_path"]
             self.answer(200, b"Success: added.")
