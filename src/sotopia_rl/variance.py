@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from sotopia_rl.statistics import cluster_index
 
@@ -76,7 +76,7 @@ def jackknife(
     if count < 3:
         return dict.fromkeys(whole)
     without = [estimates(index != j) for j in range(count)]
-    quantile = float(stats.t.ppf(0.5 + confidence / 2, count - 1))
+    quantile = float(special.stdtrit(count - 1, 0.5 + confidence / 2))
 
     def interval(name: str) -> tuple[float, float] | None:
         value, left = whole[name], [found[name] for found in without]
