@@ -71,6 +71,7 @@ def run_best_of_n(
             access_log=False,
             server_header=False,
             backlog=4096,
+            timeout_keep_alive=75,  # longer than clients keep an idle connection: closing one loses requests
             timeout_graceful_shutdown=round(settings.shutdown_seconds),
         )
     ).run()
