@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.llm.folders import quiet_loading
 from sotopia_rl.llm.prefill import can_prefill
 from sotopia_rl.models import Message
 from sotopia_rl.serve.scoring import ChatEncoder, Encoded, Scores
@@ -114,10 +115,11 @@ def load_reward_model(
     settings = TrainerSettings(device=device, dtype=dtype)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give the adapter that `sotopia-rl rm` wrote")
-    if (path / "adapter_config.json").is_file():
-        model, tokenizer = _load_adapter(path, base or adapter_base(path), settings)
-    else:
-        model, tokenizer = _load_whole(path, settings)
+    with quiet_loading():
+        if (path / "adapter_config.json").is_file():
+            model, tokenizer = _load_adapter(path, base or adapter_base(path), settings)
+        else:
+            model, tokenizer = _load_whole(path, settings)
     if not can_prefill(model.config):
         raise ConfigError(f"{path}: its layers are not plain attention; serve it with vLLM (serve vllm --task reward)")
     context = getattr(model.config, "max_position_embeddings", None) or max_length
