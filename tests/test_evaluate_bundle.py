@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -151,6 +152,28 @@ def test_a_file_that_is_no_zip_is_refused(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(DataError, match="not a whole"):
         verify_bundle(path)
+
+
+def test_damaged_bytes_are_never_more_than_an_error_of_ours(packed, tmp_path):
+    import random
+
+    data, rng = packed.read_bytes(), random.Random(1)
+    path = tmp_path / "damaged.zip"
+    for round_ in range(40):
+        damaged = bytearray(data if round_ % 2 else data[: rng.randrange(len(data))])
+        for _ in range(3):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            verify_bundle(path)
+
+
+def test_text_that_is_no_utf8_is_named(packed, tmp_path):
+    for name in ("results.json", "evaluation.json", "manifest.json", "episodes/fair.jsonl"):
+        verdict = verify_bundle(changed(packed, tmp_path / "x.zip", name, b"\xff\xfe{", cover_up=True))
+        assert verdict.problems
+        assert all("\n" not in problem for problem in verdict.problems)
 
 
 def test_a_zip_that_is_no_bundle_is_refused(packed, tmp_path):

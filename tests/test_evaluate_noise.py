@@ -144,3 +144,12 @@ def test_the_pool_is_the_mean_over_judges_and_lacks_what_one_of_them_lacks():
 def test_too_little_to_speak_of_spread_gives_none(count):
     a_and_b, scenario_of = panel(np.random.default_rng(5), scenarios=count, partners=1, matches=1, judges=1)
     assert spread(a_and_b, scenario_of, "goal", confidence=0.95) is None
+
+
+def test_dimensions_that_a_judge_was_not_asked_for_are_passed_over():
+    said = [{"overall": 4.0, "charm": 3.0}, {"overall": 5.0, "charm": 4.0}]
+    keys = [(f"m{i}", "p") for i in range(4)]
+    cell = Cell("a", "sampled", "x", "j", dict.fromkeys(keys, said[0]), {}, dict.fromkeys(keys, said))
+    found = judge_noise({"j": {("a", "sampled"): cell}}, {f"m{i}": f"s{i}" for i in range(4)})
+    assert [n.metric for n in found] == ["overall"]
+    assert found[0].sd == pytest.approx(0.5**0.5)

@@ -283,7 +283,7 @@ def load_results(path: Path) -> Results:
         DataError: It is missing, or was not written by this version of the records.
     """
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+        return Results.model_validate_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); run the evaluation first") from error
     except ValidationError as error:

@@ -19,6 +19,7 @@ import hmac
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ def verify_bundle(path: Path) -> Verdict:
             with zipfile.ZipFile(path) as archive:
                 contents = _opened(archive, path, verdict)
                 _unpack(archive, contents, folder, verdict)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise DataError(f"{path}: not a whole .zip ({error})") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -75,6 +75,8 @@ def judge_noise(by_judge: Mapping[str, Cells], scenario_of: Mapping[str, str]) -
     for judge, cells in by_judge.items():
         again = [(key, metrics) for cell in cells.values() for key, metrics in cell.repeats.items()]
         for metric in SCORES if again else ():
+            if not all(metric in said for _, metrics in again for said in metrics):
+                continue  # a judge may have been asked for other dimensions
             variances = [float(np.var([m[metric] for m in metrics], ddof=1)) for _, metrics in again]
             mean = paired_difference(variances, [scenario_of[match_id] for (match_id, _), _ in again])
             found.append(
@@ -180,7 +182,7 @@ def _differences(
 
 def _repeat_variance(a: Cell, b: Cell, key: PairKey, metric: str) -> float:
     """Of the difference: both sides were judged."""
-    if key not in a.repeats or key not in b.repeats:
+    if any(metric not in said for cell in (a, b) for said in cell.repeats.get(key, ({},))):
         return math.nan
     return sum(float(np.var([m[metric] for m in cell.repeats[key]], ddof=1)) for cell in (a, b))
 
