@@ -397,6 +397,8 @@ def test_more_requests_than_allowed_are_turned_away_with_a_time_to_come_back():
     ):
         results = in_threads(8, lambda: server.post(CHAT, ASK))
         assert server.post(CHAT, ASK)[0] == 200
+        line = 'sotopia_rl_requests_total{endpoint="/v1/chat/completions",status="429"} 5.0'
+        assert line in server.get("/metrics")[1]
     assert sorted(status for status, _, _ in results) == [200] * 3 + [429] * 5
     for status, body, headers in results:
         assert status == 200 or (headers["retry-after"], body["error"]["type"]) == ("1", "rate_limit_error")

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field
@@ -70,6 +71,8 @@ class BestOfNSettings(Config):
     """Calls to the policy at once."""
     send_seed: bool = True
     """Send the policy sampling seeds; off for vLLM 0.32 on CPUs."""
+    vllm: Path | None = None
+    """Where the policy is vllm/PATH:ADAPTER: YAML file with settings of `serve vllm`."""
     shutdown_seconds: float = Field(default=30.0, ge=0)
     """On SIGTERM: time that requests under way have to finish."""
 
@@ -83,6 +86,7 @@ class BestOfNSettings(Config):
             max_wait_seconds=2.0,
             send_seed=self.send_seed,
             device=self.device,
+            vllm=self.vllm,
         )
 
 

@@ -27,6 +27,8 @@ RETRY_AFTER = {"Retry-After": "1"}
 _DRAIN_BYTES = 32_000_000
 """So much of a body that is too long is read and thrown away: most clients look at the answer only then."""
 _OURS = "sotopia_rl"
+_ENDPOINTS = {"/v1/chat/completions", "/v1/score", "/v1/models", "/healthz", "/metrics", "/openapi.json"}
+"""What is counted under its own name; the rest of what clients make up is `other`."""
 
 
 class Metrics:
@@ -91,7 +93,7 @@ class Guard:
             status = 500 if status == 499 else status
             raise
         finally:
-            endpoint = scope.get("route").path if scope.get("route") else "other"  # type: ignore[union-attr]
+            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
             self.metrics.requests.labels(endpoint, str(status)).inc()
             self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)
 
