@@ -14,11 +14,12 @@ from running_servers import BestOfNServer, ByLength
 from sotopia_rl import sandbox
 from sotopia_rl.episode import Action, AgentSpec
 from sotopia_rl.errors import ConfigError, ServingError
+from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.serve.best_of_n import BestOfN, BestOfNSettings, Policy, candidate_seed
 from sotopia_rl.serve.scoring import Batcher, TooLongError
 from sotopia_rl.serve.vllm import free_port
-from sotopia_rl.simulate import Pairing, SimulateConfig, play
+from sotopia_rl.simulate import Pairing, SimulateConfig, play, simulate
 
 ASK = {"model": "best-of-n", "messages": [{"role": "user", "content": "Hello?"}]}
 CHAT = "/v1/chat/completions"
@@ -444,6 +445,22 @@ def test_it_sits_in_a_seat_of_a_match_like_any_other_model():
     assert episode.status == "completed"
     assert episode.turns[0].usage.completion_tokens >= 0
     assert {turn.attempts for turn in episode.turns} == {1}
+
+
+def test_a_policy_without_a_valid_reply_fails_its_episode_and_not_the_run():
+    """It is the agent that is useless, not the endpoint: no amount of it makes the server count as down."""
+    with policy_of("Hello!") as policy, served(policy, candidates=2) as server:
+        agents = (AgentSpec(model=server.model), AgentSpec(model="scripted/tough"))
+        pairings = [Pairing(match, agents) for match in sandbox.matches("train", 5)]
+
+        async def run():
+            limits = ModelLimits(backoff_seconds=0, down_after_seconds=0)
+            async with ModelPool(limits) as pool:
+                return [e async for e in simulate(pairings, pool.get, tag="t", config=SimulateConfig())]
+
+        episodes = asyncio.run(run())
+    assert [(e.status, e.failure.kind) for e in episodes] == [("agent_failed", "bad_reply")] * 5
+    assert "none of the policy's 2 replies is valid" in episodes[0].failure.message
 
 
 def test_a_wrong_policy_string_or_weights_that_do_not_fit_are_refused_before_anything_starts():

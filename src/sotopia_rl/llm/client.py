@@ -247,6 +247,8 @@ class HttpModel:
             if wait:
                 self.endpoint.pace.hold(min(wait, self.endpoint.limits.max_wait_seconds))
             return _Trouble("rate_limited", text, again=True, counts=False, wait_seconds=wait)
+        if status == 502 and "(no_valid_candidate)" in text:  # our best-of-N server is well, its policy is not
+            return _Trouble("bad_reply", text, again=True, counts=False)
         if status >= 500:
             return _Trouble("http_5xx", text, again=True, wait_seconds=_retry_after(headers))
         if status in {408, 409, 425}:
