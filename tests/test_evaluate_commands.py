@@ -117,7 +117,7 @@ def test_another_judge_rates_stored_episodes_again_and_nothing_is_played(copy, c
     found = load_results(copy / "results.json")
     assert found.judges == ("scripted/judge", judge)
     noise = {n.judge: n.sd for n in found.judge_noise if n.metric == "goal"}
-    assert noise["scripted/judge"] == 0
+    assert "scripted/judge" not in noise
     assert 0.3 < noise[judge] < 1.5
     agreement = next(a for a in found.agreement if a.metric == "goal")
     assert agreement.means[judge] < agreement.means["scripted/judge"]

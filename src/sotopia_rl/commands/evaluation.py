@@ -102,7 +102,7 @@ def play(
         "temperature": temperature,
         "greedy": greedy,
         "max_tokens": max_tokens,
-        "judgements": repeat_judge,
+        "judgements": dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {},
         "simulate": resolve(settings, config).model_dump(),
         "judging": judging.model_dump(),
     }
@@ -139,13 +139,13 @@ def rejudge(
     run
         Run folder of `sotopia-rl evaluate`.
     judge
-        Model string of a judge, added to those of the run.
+        Model string of a judge: a new one, or one of the run with --repeat-judge; nobody else is asked.
     repeat_judge
-        Times each judge of the run rates an episode; the first rating counts.
+        Times the judges named here rate an episode; the first rating counts.
     max_cost
         Spend cap in USD.
     """
-    from sotopia_rl.evaluate.folder import load_plan, save_plan
+    from sotopia_rl.evaluate.folder import Plan, load_plan, save_plan
     from sotopia_rl.evaluate.play import judge as judge_into
     from sotopia_rl.evaluate.play import refuse_silent
     from sotopia_rl.llm.open import ModelPool
@@ -153,12 +153,13 @@ def rejudge(
     from sotopia_rl.stages import Tally
 
     before = load_plan(run)
-    asked = before.model_copy(update={"judges": tuple(judge), "judgements": repeat_judge})
+    again = dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {}
+    asked = parse_config(Plan, {**before.model_dump(), "judges": judge, "judgements": again}, where="rejudge")
     plan = save_plan(asked, load_manifest(run / "manifest.json"), run)
 
     async def work(pool: ModelPool) -> list[Tally]:
         await refuse_silent(pool, judge)
-        return await judge_into(pool, run, plan, watch)
+        return await judge_into(pool, run, plan, watch, judges=judge)
 
     with bars() as watch:
         tallies = with_models(capped(limits, max_cost), work)

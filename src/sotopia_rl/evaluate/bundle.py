@@ -131,8 +131,7 @@ def _stores(plan: Plan) -> list[str]:
     """File names of the stores that the numbers rest on."""
     if not plan.partners:
         return [STORE]
-    rounds = range(1, plan.judgements + 1)
-    return [store_path(Path(), system, again).name for system in plan.systems for again in rounds]
+    return [store_path(Path(), system, again).name for system in plan.systems for again in plan.rounds]
 
 
 def _gathered(folder: Path, plan: Plan, scratch: Path) -> dict[str, Path]:

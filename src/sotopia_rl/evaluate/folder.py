@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from sotopia_rl.episode import AgentSpec, Rating, Record, Sampling, Usage
 from sotopia_rl.errors import ConfigError, DataError, EvaluationError
@@ -44,8 +44,8 @@ class Plan(Record):
     greedy: bool = False
     """Systems are played greedily as well."""
     max_tokens: int = Field(default=512, gt=0)
-    judgements: int = Field(default=1, ge=1)
-    """Times each judge rates an episode; the first enters the scores, the others tell its noise."""
+    judgements: dict[str, PositiveInt] = Field(default={})
+    """By judge, times it rates an episode, where more than once; the first counts, the others tell its noise."""
     simulate: SimulateConfig = SimulateConfig()
     judging: JudgeConfig = JudgeConfig()
 
@@ -73,6 +73,11 @@ class Plan(Record):
         """A model and how it samples."""
         t = self.temperature if temperature is None else temperature
         return AgentSpec(model=model, sampling=Sampling(temperature=t, max_tokens=self.max_tokens))
+
+    @property
+    def rounds(self) -> range:
+        """Numbers of the judgements of an episode."""
+        return range(1, max(self.judgements.values(), default=1) + 1)
 
     def comparisons(self, baseline: str | None = None) -> list[tuple[str, str]]:
         """Every other system against the baseline, by default the first.
@@ -118,7 +123,10 @@ def extended(old: Plan, new: Plan, where: Path) -> Plan:
             "systems": old.systems | new.systems,
             "partners": tuple(dict.fromkeys((*old.partners, *new.partners))),
             "judges": tuple(dict.fromkeys((*old.judges, *new.judges))),
-            "judgements": max(old.judgements, new.judgements),
+            "judgements": {
+                judge: max(old.judgements.get(judge, 1), new.judgements.get(judge, 1))
+                for judge in (*old.judgements, *new.judgements)
+            },
         }
     )
 
@@ -268,7 +276,7 @@ def _played(folder: Path, plan: Plan, system: str, manifest: Manifest, cost: dic
         ratings = {judge: {r.episode_id: r for r in store.ratings(judge=judge)} for judge in plan.judges}
         failures = list(store.failures("judge"))
     again: list[Rating] = []
-    for number in range(2, plan.judgements + 1):
+    for number in plan.rounds[1:]:
         path = store_path(folder, system, number)
         if path.is_file():
             with closing(open_store(path, create=False)) as store:

@@ -58,23 +58,34 @@ async def play(
     return tallies + await judge(pool, folder, plan, watch)
 
 
-async def judge(pool: ModelPool, folder: Path, plan: Plan, watch: Watch) -> list[Tally]:
-    """Have every judge rate every completed episode as often as the plan says, leaving out what is rated."""
+async def judge(
+    pool: ModelPool, folder: Path, plan: Plan, watch: Watch, *, judges: Sequence[str] | None = None
+) -> list[Tally]:
+    """Have judges rate every completed episode as often as the plan says, leaving out what is rated.
+
+    Args:
+        judges: Only these; all of the plan's by default. One that has nothing left to rate is not opened.
+    """
     tallies = []
     for system in plan.systems:
+        query = EpisodeQuery(tag=system, status="completed")
         with closing(open_store(store_path(folder, system), create=False)) as episodes:
-            for name in plan.judges:
-                for again in range(1, plan.judgements + 1):
+            meant = episodes.ids(query)
+            for name in judges or plan.judges:
+                for again in range(1, plan.judgements.get(name, 1) + 1):
                     with closing(open_store(store_path(folder, system, again))) as target:
-                        tally = await stages.judge_into(
-                            episodes,
-                            target,
-                            EpisodeQuery(tag=system, status="completed"),
-                            pool.get(name),
-                            config=_asked(plan.judging, again),
-                            limit=plan.judging.concurrency,
-                            watch=watch,
-                        )
+                        if set(meant) <= target.rated_ids(name):
+                            tally = Tally("judgements", total=0, skipped=len(meant))
+                        else:
+                            tally = await stages.judge_into(
+                                episodes,
+                                target,
+                                query,
+                                pool.get(name),
+                                config=_asked(plan.judging, again),
+                                limit=plan.judging.concurrency,
+                                watch=watch,
+                            )
                     tally.stage = f"judgements of {system} by {name}" + (f", time {again}" if again > 1 else "")
                     tallies.append(tally)
     return tallies
