@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from sotopia_rl import sandbox
 from sotopia_rl.episode import Action, Turn
@@ -118,12 +120,15 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--python", type=Path, default=VLLM, help="interpreter with vLLM")
+    parser.add_argument("--only", choices=["in_process", "vllm_server"], help="one of the two")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile: slow to start, quicker afterwards")
     chosen = parser.parse_args()
     if chosen.python == VLLM and not VLLM.exists():
         print("skipped: no vLLM in .venvs/vllm (make oracles ORACLES=vllm installs it)")
         return
 
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     base = resolve_model_folder(chosen.base)
     tokenizer = load_tokenizer(base)
     rows = prompts(tokenizer, chosen.prompts)
@@ -134,11 +139,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         adapter = random_adapter(base, Path(scratch) / "adapter")
         sequences = [row for row in rows for _ in range(chosen.completions)]
-        ours = line("in process", lambda: in_process(base, adapter, sequences, chosen.max_tokens))
+        ours = theirs = 0.0
+        if chosen.only != "vllm_server":
+            ours = line("in process", lambda: in_process(base, adapter, sequences, chosen.max_tokens))
+        if chosen.only == "in_process":
+            return
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
         settings = VLLMSettings(
+            python=chosen.python,
             port=0,
             dtype="auto" if on_gpu else "float32",
             max_model_len=max(lengths) + chosen.max_tokens,
@@ -148,7 +158,7 @@ def main() -> None:
             logprobs="processed",
         )
         start = time.perf_counter()
-        with VLLMServer(base, {}, settings, python=chosen.python, log=Path(scratch) / "vllm.log") as server:
+        with VLLMServer(base, {}, settings, log=Path(scratch) / "vllm.log") as server:
             started = time.perf_counter() - start
             client = VLLMServers(
                 (server.url,),
@@ -168,7 +178,8 @@ def main() -> None:
             theirs = line("vLLM server", lambda: served(client, version, rows, chosen.completions), note)
             plain = Version(base_name(base, settings), base)
             line("vLLM server, no adapter", lambda: served(client, plain, rows, chosen.completions), "for comparison")
-    print(f"\nvLLM against in process: {theirs / ours:.2f}")
+    if ours:
+        print(f"\nvLLM against in process: {theirs / ours:.2f}")
 
 
 if __name__ == "__main__":

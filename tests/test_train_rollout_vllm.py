@@ -38,7 +38,13 @@ pytestmark = [
     pytest.mark.skipif(not VLLM.exists(), reason="no vLLM in .venvs/vllm (make oracles ORACLES=vllm installs it)"),
 ]
 CPU = VLLMSettings(
-    port=0, dtype="float32", max_model_len=1024, enforce_eager=True, cpu_cache_gigabytes=1, logprobs="processed"
+    python=VLLM,
+    port=0,
+    dtype="float32",
+    max_model_len=1024,
+    enforce_eager=True,
+    cpu_cache_gigabytes=1,
+    logprobs="processed",
 )
 STEPS = 3
 
@@ -67,7 +73,7 @@ def _few_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    with VLLMServer(models["base"], {}, CPU, python=VLLM, log=log) as running:
+    with VLLMServer(models["base"], {}, CPU, log=log) as running:
         yield running
 
 
@@ -146,7 +152,7 @@ def test_a_run_whose_server_was_killed_goes_on_with_another_one(
     models: dict[str, Path], rows: Path, server: VLLMServer, tmp_path: Path
 ) -> None:
     raw = CPU.model_copy(update={"logprobs": "raw"})
-    mortal = VLLMServer(models["base"], {}, raw, python=VLLM, log=tmp_path / "vllm.log").__enter__()
+    mortal = VLLMServer(models["base"], {}, raw, log=tmp_path / "vllm.log").__enter__()
 
     def kill(done: int, total: int) -> None:
         if done == 2:
