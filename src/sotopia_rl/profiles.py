@@ -3,7 +3,7 @@
 The folder holds `agent_profiles.jsonl`, `environment_profiles.jsonl`, `env_agent_combo_storages.jsonl` and
 `relationship_profiles.jsonl`. Their texts are kept to the character, tags and trailing spaces included:
 prompts are rendered from them. Only the id is a key: codenames repeat, and names are for display.
-A manifest (a frozen list of matches with a hash) is made of these matches in `evaluate.py`.
+A manifest (a frozen list of matches with a hash) is made of these matches in `manifest.py`.
 """
 
 from __future__ import annotations

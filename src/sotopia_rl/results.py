@@ -1,6 +1,6 @@
 """The records of an evaluation: its settings, and `results.json`.
 
-What the numbers mean stands here; how they come about is in `evaluate.py`.
+What the numbers mean stands here; how they come about is in `evaluate/`.
 """
 
 from __future__ import annotations

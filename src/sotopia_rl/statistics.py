@@ -6,7 +6,7 @@ McCaffrey 2002) and Satterthwaite degrees of freedom. It was chosen by simulatio
 because it covers near 95% with 14 scenarios of unequal sizes and skewed, discrete scores, where the
 percentile bootstrap covers 88 to 92% (`docs/evaluation.md`, `tests/test_statistics.py`).
 
-Nothing here knows what an episode is; `evaluate.py` does.
+Nothing here knows what an episode is; `evaluate/` does.
 
 Shapes: N pairs, J clusters (scenarios), K regressors.
 """

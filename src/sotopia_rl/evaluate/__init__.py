@@ -4,8 +4,11 @@ A manifest freezes what is played. A pair is one match against one partner in on
 by both systems. Whatever has no score on one side is left out of the means, counted by cause, and bounded: it never
 becomes a zero. The arithmetic is in `statistics.py` and `variance.py`, the page in `report/`.
 
-    cells.py    pairs and their metrics      whole.py   checks, then everything of `results.json`
-    paired.py   comparisons                  noise.py   judges and partners as sources of spread
+    cells.py    pairs and their metrics       whole.py     checks, then everything of `results.json`
+    paired.py   comparisons                   noise.py     judges and partners as sources of spread
+    folder.py   the folder of an evaluation   play.py      plays and judges what it lacks
+    matrix.py   every pair, ranked            contrast.py  conversations that show a difference
+    bundle.py   results to pass on, and their check
 """
 
 from sotopia_rl.evaluate.cells import Played, metrics_of, pooled, setting_of
