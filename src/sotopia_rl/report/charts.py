@@ -230,7 +230,7 @@ def strip(values: Sequence[tuple[str, float]], *, title: str, width: int = 340) 
         ]
         parts.append(_tag("g", *mark, class_=f"dots {side}"))
         if named:
-            parts.append(_tag("text", escape(_short(name, 20)), x=124, y=middle + 3.5, class_="tick end"))
+            parts.append(_tag("text", escape(_middle(name)), x=124, y=middle + 3.5, class_="tick end"))
     parts += [
         _tag(
             "text",
@@ -285,6 +285,11 @@ def slopes(systems: Sequence[tuple[str, float, float]], *, title: str, width: in
 
 def _short(name: str, length: int = 14) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _middle(name: str) -> str:
+    """At most 20 characters, with both ends: codenames often differ in the last ones."""
+    return name if len(name) <= 20 else f"{name[:12]}…{name[-7:]}"
 
 
 def _apart(places: Sequence[float], gap: float = 15.0) -> list[float]:
