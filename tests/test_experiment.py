@@ -142,6 +142,19 @@ def test_arms_share_what_they_have_in_common() -> None:
     assert len(graph.named("play")) == 4
 
 
+def test_what_the_policy_plays_goes_to_the_reward_model_and_leaves_cloning_alone() -> None:
+    plain = graph_of(Experiment())
+    exploring = graph_of(Experiment.model_validate({"explore": {"matches": 5}}))
+    counts = {name: len(exploring.named(name)) for name in ("explore", "judge", "annotate", "reward", "rm", "sft")}
+    assert counts == {"explore": 1, "judge": 2, "annotate": 2, "reward": 1, "rm": 1, "sft": 1}
+    assert not plain.named("explore")
+    changed = {stage.name for key, stage in exploring.stages.items() if key not in plain.stages}
+    expected = {"explore", "judge", "annotate", "reward", "rows", "rm", "grpo", "play", "compare", "report"}
+    assert changed == expected
+    plays = [s for s in exploring.named("play") if s.key in plain.stages]
+    assert len(plays) == 2  # base and SFT
+
+
 def test_concurrency_is_no_part_of_a_key() -> None:
     few = graph_of(Experiment.model_validate({"simulate": {"concurrency": 1}, "concurrency": 1}))
     assert few.stages.keys() == graph_of(Experiment()).stages.keys()

@@ -80,7 +80,7 @@ def store_and_row(tmp_path: Path):
 
 def test_telling_ones_secret_is_a_leak_and_asking_is_not(store_and_row):
     store, row, sides = store_and_row
-    leaks = secret_leaks(store)
+    leaks = secret_leaks([store])
     kept = sides[row.seat].kept
     assert leaks(row, Action(action_type="speak", argument=f"It is {kept}.").to_json())
     assert not leaks(row, Action(action_type="speak", argument="That is private.").to_json())
@@ -89,7 +89,7 @@ def test_telling_ones_secret_is_a_leak_and_asking_is_not(store_and_row):
 
 def test_a_reply_that_is_no_action_gives_nothing_away(store_and_row):
     store, row, sides = store_and_row
-    assert not secret_leaks(store)(row, f"It is {sides[row.seat].kept}.")
+    assert not secret_leaks([store])(row, f"It is {sides[row.seat].kept}.")
 
 
 def test_validation_matches_share_no_scenario_with_those_trained_on():

@@ -17,6 +17,7 @@ cast: {speakers: {scripted/fair: 1, scripted/generous: 1}}
 simulate: {prompt_profile: compact, max_turns: 8}
 base: {tiny: {max_steps: 120, save_every: 40, hidden_size: 64, layers: 2, mlp_size: 128, vocabulary: 700}}
 sft: {max_steps: 6, save_every: 2, eval_every: 6, batch_size: 4, learning_rate: 1.0e-3, max_length: 400}
+explore: {matches: 10, max_tokens: 40}
 rm: {max_steps: 6, save_every: 2, eval_every: 6, batch_size: 4, learning_rate: 1.0e-3, max_length: 400}
 grpo:
   {max_steps: 3, save_every: 1, eval_every: 1, prompts_per_step: 2, num_generations: 2, batch_size: 4, max_prompt_length: 400,
@@ -70,18 +71,18 @@ def test_the_line_ends_with_results_and_a_report(unbroken: Path) -> None:
 def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(
     unbroken: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    assert run(recipe, unbroken).count("finished") == 16
+    assert run(recipe, unbroken).count("finished") == 19
     changed = tmp_path / "changed.yaml"
     changed.write_text(f"extends: {recipe}\ngrpo: {{learning_rate: 1.0e-4}}\n")
     again = run(changed, tmp_path / "changed", "--stages", str(unbroken / "stages"))
-    redone = [line.split()[1] for line in again.splitlines() if "/16" in line and "finished" not in line]
+    redone = [line.split()[1] for line in again.splitlines() if "/19" in line and "finished" not in line]
     assert redone == ["grpo", "play", "compare", "report"]
 
 
 def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_numbers(
     unbroken: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    for stage in ("simulate", "base", "sft", "annotate", "rm", "grpo", "play"):
+    for stage in ("simulate", "base", "sft", "explore", "annotate", "rm", "grpo", "play"):
         process = subprocess.Popen(command(recipe, tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and not list(tmp_path.glob(f"stages/{stage}-*")):
             time.sleep(0.02)

@@ -70,6 +70,20 @@ class CastConfig(Config):
         return Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
 
 
+class ExploreConfig(Config):
+    """Training matches that the SFT policy plays, judged and attributed like the others, for the reward model.
+
+    A reward model that has seen other people's utterances only does not know what the policy's own slips are worth,
+    and GRPO finds those that it overrates.
+    """
+
+    matches: int = Field(default=0, ge=0)
+    """How many of the training matches, from the first; 0 leaves this out."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of the policy. The partner is drawn from the cast."""
+    max_tokens: int = Field(default=96, gt=0)
+
+
 class BaseConfig(Config):
     """The base language model: trained on the spot, or an existing folder."""
 
@@ -114,6 +128,8 @@ class Experiment(Config):
     """Which agents of the training episodes SFT imitates."""
     base: BaseConfig = Field(default=BaseConfig())
     sft: SFTSettings = Field(default=SFTSettings())
+    explore: ExploreConfig = Field(default=ExploreConfig())
+    """What the SFT policy adds to the reward model's data."""
     rm: RewardModelSettings = Field(default=RewardModelSettings())
     grpo: GRPOSettings = Field(default=GRPOSettings())
     evaluate: PanelConfig = Field(default=PanelConfig())

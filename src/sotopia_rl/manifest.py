@@ -179,10 +179,11 @@ def manifest_from(path: Path, profiles: Path | None) -> Manifest:
     return recipe.freeze(load_profiles(profiles) if profiles and recipe.needs_profiles else None)
 
 
+def seated(match: Match, system: AgentSpec, partner: AgentSpec) -> Pairing:
+    """The system in the seat that the match names, the partner in the other."""
+    return Pairing(match=match, agents=(system, partner) if match.seat == 0 else (partner, system))
+
+
 def evaluation_pairings(manifest: Manifest, system: AgentSpec, partners: Sequence[AgentSpec]) -> list[Pairing]:
-    """Every match of the manifest against every partner, the system in the seat that the match names."""
-    return [
-        Pairing(match=match, agents=(system, partner) if match.seat == 0 else (partner, system))
-        for match in manifest.matches
-        for partner in partners
-    ]
+    """Every match of the manifest against every partner."""
+    return [seated(match, system, partner) for match in manifest.matches for partner in partners]

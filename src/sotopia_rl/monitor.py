@@ -21,6 +21,7 @@ from sotopia_rl.evaluate import metrics_of
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool
+from sotopia_rl.manifest import seated
 from sotopia_rl.models import ChatModel
 from sotopia_rl.simulate import Pairing, SimulateConfig, parse_action
 from sotopia_rl.stages import play_and_judge
@@ -35,11 +36,7 @@ CURVES = ("goal", "overall", "believability", "words_per_utterance", "secret_lea
 
 def validation_pairings(matches: Sequence[Match], system: AgentSpec, partners: Sequence[AgentSpec]) -> list[Pairing]:
     """Each match once, the partners taking turns: a curve needs many matches more than every combination."""
-    agents = [(system, partners[number % len(partners)]) for number in range(len(matches))]
-    return [
-        Pairing(match=match, agents=pair if match.seat == 0 else (pair[1], pair[0]))
-        for match, pair in zip(matches, agents, strict=True)
-    ]
+    return [seated(match, system, partners[number % len(partners)]) for number, match in enumerate(matches)]
 
 
 @dataclass(frozen=True)
@@ -103,20 +100,20 @@ class Monitor:
         return score | means | {"judge_failed": 1 - len(found) / len(self.matches)}
 
 
-def secret_leaks(store: EpisodeStore) -> Callable[[PromptRow, str], bool]:
+def secret_leaks(stores: Sequence[EpisodeStore]) -> Callable[[PromptRow, str], bool]:
     """Whether a reply to a row gives its speaker's limit or secret away; exact in the offline world.
 
     Args:
-        store: Holds the episodes that the rows come from. A row of a scenario from elsewhere leaks nothing that
-            could be computed: ask only for the offline world's.
+        stores: Hold the episodes that the rows come from, all of the offline world: elsewhere nothing can be computed.
     """
+    holder = {episode_id: store for store in stores for episode_id in store.ids()}
 
     def leaks(row: PromptRow, text: str) -> bool:
         try:
             action = parse_action(text)
         except ValueError:  # what nobody can read gives nothing away
             return False
-        episode = store.episode(row.episode_id)
+        episode = holder[row.episode_id].episode(row.episode_id)
         return sandbox.gives_away(episode.match, episode.turns[: row.turn], row.seat, action)
 
     return leaks

@@ -1,7 +1,9 @@
 """An experiment as a graph of stages.
 
-    world ─ simulate ─ judge ─┬─ annotate ─ reward ─ rows ─ rm ─┐
-                              └─ clone ─ base ─ sft ────────────┴─ grpo ─ play ─ compare ─ report
+    world ─ simulate ─ judge ─┬─ annotate ───────────────────┬─ reward ─ rows ─ rm ─┐
+                              └─ clone ─ base ─ sft ─ explore ┴─────────────────────┴─ grpo ─ play ─ compare ─ report
+
+`explore`, with a judge and an annotate stage of its own, is left out unless the experiment asks for it.
 
 Arms share every stage whose settings and inputs are equal. What a step does is in `steps.py`, when it is
 redone in `experiment.py`.
@@ -89,8 +91,18 @@ class _Builder:
         )
         sft = self._add("sft", steps.sft, _dump(e.sft), {"clone": clone, "base": self.base})
         self.graph.systems.update({"base": None, "sft": sft})
+        self.explored = self._explored(sft) if e.explore.matches else {}
         for name in e.arms:
             self.graph.systems[name] = self._arm(e.arm(name), sft)
+
+    def _explored(self, sft: Stage) -> dict[str, Stage]:
+        """What the SFT policy plays for the reward model, and its judge."""
+        e = self.e
+        rules = _rules(e) | {"constrain": e.evaluate.constrain}
+        settings = {"explore": _dump(e.explore), "cast": _dump(e.cast), "simulate": rules}
+        explore = self._add("explore", steps.explore, settings, {"world": self.world, "base": self.base, "sft": sft})
+        judge = self._add("judge", steps.judge, self.judging, {"simulate": explore})
+        return {"explore": explore, "explore judge": judge}
 
     def _arm(self, e: Experiment, sft: Stage) -> Stage:
         """The stages of one arm, up to its policy."""
@@ -99,10 +111,14 @@ class _Builder:
             asks = METHODS[e.annotate.method].asks is not None
             settings = {"annotator_model": e.annotator_model if asks else "", "annotate": _dump(e.annotate)}
             credit["annotate"] = self._add("annotate", steps.annotate, settings, self.rated, e)
-        reward = self._add("reward", steps.reward, _dump(e.reward), self.rated | credit, e)
-        rows = self._add("rows", steps.rows, {}, self.rated | {"reward": reward}, e)
+            if self.explored:
+                rated = {"simulate": self.explored["explore"], "judge": self.explored["explore judge"]}
+                credit["explore annotate"] = self._add("annotate", steps.annotate, settings, rated, e)
+        rated = self.rated | self.explored
+        reward = self._add("reward", steps.reward, _dump(e.reward), rated | credit, e)
+        rows = self._add("rows", steps.rows, {}, rated | {"reward": reward}, e)
         rm = self._add("rm", steps.rm, _dump(e.rm), {"rows": rows, "base": self.base}, e)
-        inputs = {"world": self.world, "simulate": self.rated["simulate"], "rows": rows}
+        inputs = {"world": self.world, "rows": rows, **self.rated, **self.explored}
         inputs |= {"base": self.base, "sft": sft, "rm": rm}
         settings = _dump(e.grpo)
         if e.world.validation_matches:

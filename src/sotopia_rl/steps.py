@@ -28,6 +28,7 @@ from sotopia_rl.episode import (
     Sampling,
     UtteranceReward,
     canonical_json,
+    other,
     sha256_text,
 )
 from sotopia_rl.errors import DataError
@@ -36,7 +37,7 @@ from sotopia_rl.experiment import Experiment, WorldConfig
 from sotopia_rl.files import read_text, write_text
 from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool
-from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest
+from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest, seated
 from sotopia_rl.monitor import Monitor, secret_leaks
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.results import load_results
@@ -145,12 +146,32 @@ def judge(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
         )
 
 
+SOURCES = (("simulate", "judge", "annotate"), ("explore", "explore judge", "explore annotate"))
+"""Inputs that training episodes come from: who played them, who rated them, who attributed the scores."""
+
+
 def rated(e: Experiment, inputs: Inputs) -> Iterator[tuple[Episode, Rating]]:
     """Training episodes with their rating; one that could not be judged is left out (its failure is stored)."""
-    with _store(inputs["simulate"]) as episodes, _store(inputs["judge"]) as ratings:
+    for played, judged, _ in SOURCES:
+        if played in inputs:
+            yield from _rated_in(e, inputs[played], inputs[judged])
+
+
+def _rated_in(e: Experiment, played: Path, judged: Path) -> Iterator[tuple[Episode, Rating]]:
+    with _store(played) as episodes, _store(judged) as ratings:
         for episode in episodes.episodes(COMPLETED):
             for rating in ratings.ratings(episode.id, judge=e.judge_model):
                 yield episode, rating
+
+
+def _credited(e: Experiment, inputs: Inputs) -> Iterator[Credited]:
+    """Rated episodes with the attributions of their scores."""
+    annotator = e.annotator_model if METHODS[e.annotate.method].asks else COMPUTED
+    for played, judged, attributed in SOURCES:
+        if played in inputs:
+            with _store(inputs[attributed]) as store:
+                pairs = _rated_in(e, inputs[played], inputs[judged])
+                yield from stages.credited(pairs, store, method=e.annotate.label, annotator=annotator)
 
 
 def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -174,14 +195,8 @@ def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 def reward(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     if e.reward.granularity == "episode":
         stages.reward_into(lambda: (Credited(*pair) for pair in rated(e, inputs)), out, e.reward)
-        return
-    annotator = e.annotator_model if METHODS[e.annotate.method].asks else COMPUTED
-    with _store(inputs["annotate"]) as store:
-        stages.reward_into(
-            lambda: stages.credited(rated(e, inputs), store, method=e.annotate.label, annotator=annotator),
-            out,
-            e.reward,
-        )
+    else:
+        stages.reward_into(lambda: _credited(e, inputs), out, e.reward)
 
 
 def clone(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -226,6 +241,26 @@ def sft(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     train_sft(inputs["clone"] / "sft.jsonl", base_folder(inputs), e.sft, out, resume=True, progress=_steps(run, "sft"))
 
 
+def explore(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
+    """The SFT policy in its seat of training matches, against the cast."""
+    matches = load_manifest(inputs["world"] / "train.json").matches[: e.explore.matches]
+    policy = AgentSpec(
+        model=f"local/{base_folder(inputs)}:{(inputs['sft'] / 'adapter').resolve()}",
+        sampling=Sampling(temperature=e.explore.temperature, max_tokens=e.explore.max_tokens),
+    )
+    cast = stages.cast_pairings(matches, e.cast.speakers, sampling=e.cast.sampling, seed=e.cast.seed)
+    pairings = [seated(p.match, policy, p.agents[other(p.match.seat)]) for p in cast]
+    with _store(out) as store:
+        _with_models(
+            run,
+            lambda pool: stages.simulate_into(
+                store, pairings, pool.get, tag="explore", config=_panel_rules(e), watch=run.watch
+            ),
+        )
+        if not store.count(COMPLETED):
+            raise DataError(f"the SFT policy completed none of {len(pairings)} episodes; see {out / 'store.db'}")
+
+
 def rm(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     from sotopia_rl.train.reward_model import train_reward_model  # noqa: PLC0415
 
@@ -239,7 +274,7 @@ def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 
     validation = inputs["world"] / "validation.json"
     with ExitStack() as stack:
-        episodes = stack.enter_context(_store(inputs["simulate"])) if e.world.source == "sandbox" else None
+        stores = [stack.enter_context(_store(inputs[played])) for played, _, _ in SOURCES if played in inputs]
         train_grpo(
             inputs["rows"] / "reward.jsonl",
             base_folder(inputs),
@@ -250,7 +285,7 @@ def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
             resume=True,
             progress=_steps(run, "grpo"),
             eval_hook=_monitor(run, e, validation).hook(out) if validation.is_file() else None,
-            leaks_secret=None if episodes is None else secret_leaks(episodes),
+            leaks_secret=secret_leaks(stores) if e.world.source == "sandbox" else None,
         )
 
 

@@ -30,10 +30,21 @@ def keep_freed_memory() -> None:
     quickstart's GRPO that is a seventh of the CPU time, for 0.35 GB more resident memory (`docs/benchmarks.md`).
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, most)
-        mallopt(trim_threshold, most)
+    if (libc := _glibc()) is not None:
+        libc.mallopt(mmap_threshold, most)
+        libc.mallopt(trim_threshold, most)
+
+
+def hand_back_memory() -> None:
+    """What was kept for further steps, once there are none."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    with suppress(OSError):  # another C library
+        return ctypes.CDLL("libc.so.6")
+    return None
 
 
 @contextmanager
@@ -65,6 +76,7 @@ def training_session(run: RunFolder, settings: TrainerSettings) -> Iterator[None
             raise TrainingError(f"{run.path}: the disk is full; make room and resume") from error
         raise
     finally:
+        hand_back_memory()
         if bars[0]:
             transformers_logging.enable_progress_bar()
         if bars[1]:
