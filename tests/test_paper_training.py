@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sotopia_rl import sandbox
 from sotopia_rl.dataset import RewardRow, SFTRow, read_rows, write_paper_rows
@@ -213,13 +212,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_papers_three_commands_lead_to_a_policy(tmp_path: Path, rows: Path, base: Path) -> None:
-    """In two processes on the CPU; the flags are those of the README, the numbers smaller."""
-    cpu = tmp_path / "cpu.yaml"
-    configured = yaml.safe_load((SCRIPTS / "accelerate_config_sft.yaml").read_text())
-    cpu.write_text(
-        yaml.safe_dump({**configured, "distributed_type": "MULTI_CPU", "use_cpu": True, "mixed_precision": "no"})
-    )
-    launcher = f"-m accelerate.commands.launch --config_file {cpu} --main_process_port 0"
+    """In two processes, with the config files as they are; the flags are those of the README, the numbers smaller."""
     data = tmp_path / "d.json"
     write_paper_rows(read_rows(RewardRow, rows), data)
     shared = f"--model_name {base} --max_length 512 --max_steps 2 --template_path {base}/chat_template.jinja"
@@ -233,6 +226,8 @@ def test_the_papers_three_commands_lead_to_a_policy(tmp_path: Path, rows: Path, 
         "--num_generations 4 --response_length 8 --min_spearman none --output_dir grpo",
     }
     for name, arguments in commands.items():
+        config = SCRIPTS / f"accelerate_config_{name}.yaml"
+        launcher = f"-m accelerate.commands.launch --config_file {config} --main_process_port 0"
         found = script(name, arguments, launcher=launcher, folder=tmp_path)
         assert found.returncode == 0, found.stderr[-4000:]
         assert found.stdout.strip().splitlines() == [str(Path(name) / "adapter")]
