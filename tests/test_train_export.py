@@ -44,7 +44,14 @@ def test_the_adapter_has_the_keys_that_peft_and_vllm_look_for(base: Path, reward
 def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     rows = rows_file(tmp_path / "rows", episodes=3)
-    short = {"dimensions": ("goal", "relationship"), "max_steps": 2, "batch_size": 2, "held_out_share": 0.3}
+    short = {
+        "dimensions": ("goal", "relationship"),
+        "max_steps": 1,
+        "batch_size": 2,
+        "eval_every": 1,
+        "save_every": 1,
+        "held_out_share": 0.3,
+    }
     adapter = train_reward_model(rows, SMOLLM2, RM.model_copy(update=short), tmp_path / "rm")
     tokenizer = load_tokenizer(SMOLLM2)
     encoded = encode_rows(tokenizer, list(read_rows(RewardRow, rows))[:6], max_length=512, reply=reply_text)
@@ -59,9 +66,10 @@ def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, mon
         enforce_eager=True,
         cpu_cache_gigabytes=1,
         chunked_prefill=False,
+        python=VLLM,
     )
-    with VLLMServer(SMOLLM2, {"rm": adapter}, settings, python=VLLM, log=tmp_path / "vllm.log") as server:
+    with VLLMServer(SMOLLM2, {"rm": adapter}, settings, log=tmp_path / "vllm.log") as server:
         served = PoolingServer(server.url, "rm", lambda *_: [], ("goal", "relationship"))
-        there = torch.tensor(served.score([row.ids for row in encoded]))
+        there = torch.tensor(served.score([(row.prompt_ids, row.completion_ids) for row in encoded]))
     assert here.abs().max() > 1e-3  # the head has moved from zero
     assert (here - there).abs().max() < 1e-4

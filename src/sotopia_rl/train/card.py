@@ -84,7 +84,7 @@ def card_text(result: Path, run: RunFolder, paths: Mapping[str, Path], facts: Ma
             collapsed=collapsed,
             curves=_curves(run),
             settings=yaml.safe_dump(_telling(claimed["settings"]), sort_keys=False, allow_unicode=True),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=_command(),
             version={name: _version(name) for name in PACKAGES},
             limits=[*LIMITS[stage], *COMMON_LIMITS],
         )
@@ -146,6 +146,12 @@ def _curves(run: RunFolder) -> dict[str, tuple[float, float]]:
             if isinstance(value, int | float) and name not in UNTOLD and not name.endswith("_per_second"):
                 curves[name] = (curves.get(name, (value,))[0], value)
     return curves
+
+
+def _command() -> str:
+    """The command line of this process, under the name that it is known by."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["sotopia-rl" if name == "cli.py" else name, *sys.argv[1:]])
 
 
 def _telling(settings: Mapping[str, Any]) -> dict[str, Any]:
