@@ -1,6 +1,6 @@
 """Rollouts: completions for GRPO sampled by the trainer itself and by a vLLM server, in generated tokens per second.
 
-    python benchmarks/rollouts.py                        SmolLM2, 16 prompts x 8 completions; half an hour on two cores
+    python benchmarks/rollouts.py                        SmolLM2, 16 prompts x 8 completions; half an hour on a core
     python benchmarks/rollouts.py --base MODEL_FOLDER    the same on a GPU, with any base
 
 Both sample from the same random LoRA adapter, as GRPO does: the trainer with transformers' generate, all completions in
