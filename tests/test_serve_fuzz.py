@@ -9,15 +9,15 @@ from faulty_server import FaultyServer, reply
 from running_servers import BestOfNServer, ByLength
 from sotopia_rl.episode import Action
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed (extra dev)")
-
 QUESTIONS = ["POST /v1/chat/completions", "POST /v1/score"]
 OPERATIONS = [*QUESTIONS, "GET /v1/models", "GET /healthz", "GET /metrics"]
-RIGHT, WRONG = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+RIGHT, WRONG = "positive", "negative"
 
 
 @pytest.fixture(scope="module")
 def schema():
+    # takes seconds to import: not while tests are collected
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed (extra dev)")
     numbers = itertools.count()
     with (
         FaultyServer([lambda _: reply(Action(action_type="speak", argument=str(next(numbers))).to_json())]) as policy,
@@ -29,10 +29,12 @@ def schema():
 @pytest.mark.slow
 @pytest.mark.parametrize(("operation", "mode"), [(o, RIGHT) for o in OPERATIONS] + [(o, WRONG) for o in QUESTIONS])
 def test_the_server_keeps_to_its_own_schema(schema, operation, mode):
+    from schemathesis import GenerationMode
+
     method, path = operation.split()
 
     @settings(max_examples=60, suppress_health_check=list(HealthCheck))
-    @given(schema[path][method].as_strategy(generation_mode=mode))
+    @given(schema[path][method].as_strategy(generation_mode=GenerationMode(mode)))
     def check(case):
         response = case.call()
         # contradictions that a schema cannot forbid
