@@ -20,8 +20,8 @@ sft: {max_steps: 6, save_every: 2, eval_every: 6, batch_size: 4, learning_rate: 
 explore: {matches: 10, max_tokens: 40}
 rm: {max_steps: 6, save_every: 2, eval_every: 6, batch_size: 4, learning_rate: 1.0e-3, max_length: 400}
 grpo:
-  {max_steps: 3, save_every: 1, eval_every: 1, prompts_per_step: 2, num_generations: 2, batch_size: 4, max_prompt_length: 400,
-   max_completion_length: 24, gate_min_spearman: null, on_collapse: ignore}
+  {max_steps: 3, save_every: 1, eval_every: 1, prompts_per_step: 2, num_generations: 2, batch_size: 4,
+   max_prompt_length: 400, max_completion_length: 24, gate_min_spearman: null, on_collapse: ignore}
 evaluate: {partners: [scripted/fair], max_tokens: 40, shown_episodes: 2}
 """
 

@@ -147,7 +147,10 @@ def test_a_torn_file_is_mended_when_it_is_written_on(tmp_path):
         ('{"kind": "episode", "record": {', r"e\.jsonl:2: not JSON"),
         ("[1]", r"e\.jsonl:2: expected a JSON object, found list"),
         ('{"kind": "guess", "record": {}}', r"e\.jsonl:2: kind 'guess'; expected one of episode"),
-        ('{"kind": "rating", "record": {"judge": 3}}', r"e\.jsonl:2: not a valid rating \(episode_id: Field required\)"),
+        (
+            '{"kind": "rating", "record": {"judge": 3}}',
+            r"e\.jsonl:2: not a valid rating \(episode_id: Field required\)",
+        ),
         ('{"kind": "header", "format": "x"}', r"e\.jsonl:2: a header of 'x'"),
     ],
 )
