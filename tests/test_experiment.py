@@ -155,9 +155,16 @@ def test_what_the_policy_plays_goes_to_the_reward_model_and_leaves_cloning_alone
     assert len(plays) == 2  # base and SFT
 
 
-def test_concurrency_is_no_part_of_a_key() -> None:
-    few = graph_of(Experiment.model_validate({"simulate": {"concurrency": 1}, "concurrency": 1}))
-    assert few.stages.keys() == graph_of(Experiment()).stages.keys()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"simulate": {"concurrency": 1}, "concurrency": 1},
+        {"sft": {"trackers": ["wandb"], "push_to_hub": "me/it"}, "grpo": {"gradient_checkpointing": True}},
+    ],
+)
+def test_what_changes_no_result_is_no_part_of_a_key(changes: dict[str, object]) -> None:
+    changed = graph_of(Experiment.model_validate(changes))
+    assert changed.stages.keys() == graph_of(Experiment()).stages.keys()
 
 
 def test_every_recipe_is_a_valid_experiment() -> None:

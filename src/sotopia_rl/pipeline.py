@@ -22,6 +22,7 @@ from sotopia_rl.attribute import METHODS
 from sotopia_rl.config import Config
 from sotopia_rl.experiment import Experiment, Stage
 from sotopia_rl.steps import Run
+from sotopia_rl.train.folder import FREE
 
 Step = Callable[[Run, Experiment, Path, Mapping[str, Path]], None]
 
@@ -49,7 +50,8 @@ def build(experiment: Experiment, run: Run) -> Graph:
 
 
 def _dump(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json")
+    """The settings that a result depends on."""
+    return config.model_dump(mode="json", exclude=set(FREE))
 
 
 class _Builder:
