@@ -1,11 +1,13 @@
 """The engine: whose turn it is, when it ends, many matches at once, and a run that is interrupted."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,7 +291,19 @@ def records(store: Path):
 def deterministic(body):
     """What is said depends on the prompt and nothing else, as with a server that honours seeds."""
     words = sha256_text(body["messages"][0]["content"] + str(body["seed"]))[:12]
-    return reply(json.dumps({"action_type": "speak", "argument": words}), seconds=0.04)
+    return reply(json.dumps({"action_type": "speak", "argument": words}), seconds=0.005)
+
+
+def stalling(released, *, after):
+    """Answers so many calls, the others once it is released: a command cannot end before it is interrupted."""
+    calls = itertools.count(1)
+
+    def answer(body):
+        if next(calls) > after:
+            released.wait(60)
+        return deterministic(body)
+
+    return answer
 
 
 def interrupted(server, store, how):
@@ -317,8 +331,10 @@ def stored_ids(store: Path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_goes_on_and_ends_with_the_records_of_an_unbroken_one(tmp_path, how):
-    with FaultyServer([deterministic]) as server:
+    released = threading.Event()
+    with FaultyServer([stalling(released, after=24)]) as server:
         code, said = interrupted(server, tmp_path / "broken.db", how)
+        released.set()
         before = records(tmp_path / "broken.db")
         assert 3 <= len(before) < 12
         assert {episode["status"] for episode in before} == {"completed"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sotopia_rl.episode import Seat, other
-from sotopia_rl.sandbox.credit import credit, silent_score
+from sotopia_rl.sandbox.credit import silent_score, turn_credit
 from sotopia_rl.sandbox.language import Act, understand
 from sotopia_rl.sandbox.play import Play, outcome_of, partner_asked, points, replay
 from sotopia_rl.sandbox.reading import Unreadable, read_observed
@@ -77,7 +77,7 @@ def _range(rest: str, name: str) -> tuple[int, int]:
 def annotate(prompt: str, rng: random.Random, *, noise: float = 0.0) -> str:
     """The reply to an attribution prompt: dimension to turn to whole number."""
     question = read_question(prompt)
-    exact = {name: _answers(prompt, question, name) for name in question.ranges}
+    exact = _answers(prompt, question)
     replies = {name: _numbers(question, name, answers, rng, noise) for name, answers in exact.items()}
     return json.dumps({name: {str(turn): number for turn, number in n.items()} for name, n in replies.items()})
 
@@ -97,17 +97,18 @@ def _numbers(question: Question, name: str, exact: Answers, rng: random.Random, 
     return numbers
 
 
-def _answers(prompt: str, question: Question, dimension: str) -> Answers:
+def _answers(prompt: str, question: Question) -> dict[str, Answers]:
+    """The exact answers, by dimension."""
     if question.method == "response_only":
-        words = _utterances(prompt, question.turns)
-        return {turn: promise(understand(text), dimension) for turn, text in words.items()}
+        acts = {turn: understand(text) for turn, text in _utterances(prompt, question.turns).items()}
+        return {name: {turn: promise(done, name) for turn, done in acts.items()} for name in question.ranges}
     seen = read_observed(prompt)
     wrong = [turn for turn in question.turns if turn >= len(seen.heard) or seen.heard[turn].seat != question.seat]
     if wrong:
         raise Unreadable(f"turn {wrong[0]} is not a turn of agent {question.seat + 1}")
-    knows = _reader(question, dimension)
     play = replay(seen.sides, seen.heard)
-    return {turn: knows(play, turn, dimension) for turn in question.turns}
+    readers = {name: _reader(question, name) for name in question.ranges}
+    return {name: {turn: knows(play, turn, name) for turn in question.turns} for name, knows in readers.items()}
 
 
 Reader = Callable[[Play, int, str], float]
@@ -120,11 +121,7 @@ def _reader(question: Question, dimension: str) -> Reader:
         return quality
     if question.method in _READERS:
         return _READERS[question.method]
-    return quality if question.online and dimension in _OUTCOMES else _credit
-
-
-def _credit(play: Play, turn: int, dimension: str) -> float:
-    return credit(play, play.heard[turn].seat, dimension).get(turn, 0.0)
+    return quality if question.online and dimension in _OUTCOMES else turn_credit
 
 
 def _standing(play: Play, turn: int, dimension: str) -> float:

@@ -47,9 +47,15 @@ def credit(play: Play, seat: Seat, dimension: str) -> dict[int, float]:
     """As `exact_credit`, of a replayed conversation."""
     if dimension not in DIMENSIONS:
         raise ValueError(f"unknown dimension {dimension!r}; the offline world has {', '.join(DIMENSIONS)}")
-    score = DIMENSIONS[dimension].score
-    reached = score(play, seat)
-    return {turn: _share(reached, alternatives(play, turn, dimension, score)) for turn in utterances(play, seat)}
+    return {turn: turn_credit(play, turn, dimension) for turn in utterances(play, seat)}
+
+
+def turn_credit(play: Play, turn: int, dimension: str) -> float:
+    """The credit of one turn; a silent one has none."""
+    now, score = play.heard[turn], DIMENSIONS[dimension].score
+    if now.action_type == "none":
+        return 0.0
+    return _share(score(play, now.seat), alternatives(play, turn, dimension, score))
 
 
 def utterances(play: Play, seat: Seat) -> list[int]:
