@@ -19,6 +19,7 @@ from sotopia_rl.manifest import load_manifest
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.stages import StepWatch, step_watch
 from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings
+from sotopia_rl.train.processes import is_main
 
 if TYPE_CHECKING:
     from sotopia_rl.monitor import Monitor
@@ -54,7 +55,7 @@ def sft(
     chosen = resolve(settings, config)
     with _steps("sft") as progress:
         result = train_sft(rows, resolve_model_folder(base), chosen, output, resume=resume, progress=progress)
-    out.print(f"adapter {result}")
+    _say(f"adapter {result}")
 
 
 def rm(
@@ -87,7 +88,7 @@ def rm(
     chosen = resolve(settings, config)
     with _steps("reward model") as progress:
         result = train_reward_model(rows, resolve_model_folder(base), chosen, output, resume=resume, progress=progress)
-    out.print(f"adapter {result}\nreport  {output / 'report.json'}")
+    _say(f"adapter {result}\nreport  {output / 'report.json'}")
 
 
 def grpo(
@@ -150,7 +151,7 @@ def grpo(
             progress=progress,
             eval_hook=None if monitor is None else monitor.hook(output),
         )
-    out.print(f"adapter {result}")
+    _say(f"adapter {result}")
 
 
 def _monitor(
@@ -176,6 +177,12 @@ def _monitor(
         limits=ModelLimits(),
         budget=Budget(),
     )
+
+
+def _say(text: str) -> None:
+    """Once, however many processes train."""
+    if is_main():
+        out.print(text)
 
 
 @contextmanager
