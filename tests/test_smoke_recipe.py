@@ -20,7 +20,6 @@ annotate: {{dimensions: [goal]}}
 reward: {{weights: {{goal: 1}}}}
 sft: {{max_steps: 1}}
 rm: {{max_steps: 1}}
-evaluate: {{max_tokens: 32}}
 """
 
 pytestmark = [
