@@ -10,24 +10,7 @@ The flags of the paper's script mean here what --help says. The same command aga
 
 from __future__ import annotations
 
-import sys
-
-from sotopia_rl.errors import SotopiaRLError
-from sotopia_rl.paper_training import notes, parser, train
-from sotopia_rl.train.processes import is_main
-
-
-def main() -> None:
-    args = parser("rm", __doc__ or "").parse_args()
-    for note in notes("rm", args) if is_main() else ():
-        print(note, file=sys.stderr)
-    try:
-        result = train("rm", args)
-    except SotopiaRLError as error:
-        sys.exit(f"error: {error}")
-    if is_main():
-        print(result)
-
+from sotopia_rl.paper_training import command
 
 if __name__ == "__main__":
-    main()
+    command("rm", __doc__ or "")

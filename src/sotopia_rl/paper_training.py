@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sotopia_rl.config import Config, parse_config
+from sotopia_rl.console import err, out
 from sotopia_rl.dataset import PromptRow, RewardRow, SFTRow, write_rows
 from sotopia_rl.episode import sha256_text
-from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.errors import ConfigError, DataError, SotopiaRLError
 from sotopia_rl.models import Message
 from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings
+from sotopia_rl.train.processes import count, is_main, main_first
 
 StageName = Literal["sft", "rm", "grpo"]
 BEST = ("best-checkpoints", "best-checkpoint")
@@ -250,43 +253,59 @@ def place_of(prompt: str) -> tuple[str, int]:
 # --- training ------------------------------------------------------------------------------------------------------
 
 
+def command(stage: StageName, description: str) -> None:
+    """All of `train_STAGE.py`: read the flags, say which mean nothing here, train, print where the result is.
+
+    Raises:
+        SystemExit: With one line, where the flags, the data or the training fail.
+    """
+    given = parser(stage, description).parse_args()
+    for note in notes(stage, given) if is_main() else ():
+        err.print(note, markup=False, soft_wrap=True)
+    try:
+        result = train(stage, given)
+    except SotopiaRLError as error:
+        sys.exit(f"error: {error}")
+    if is_main():
+        out.print(str(result), markup=False, soft_wrap=True)
+
+
 def train(stage: StageName, given: argparse.Namespace) -> Path:
     """Do what `train_STAGE.py` was asked; the adapter (or model), also to be found under `best-checkpoints`.
 
     Raises:
         SotopiaRLError: As the training functions and `read_paper_rows`.
     """
-    settings = settings_of(stage, given, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    settings = settings_of(stage, given, processes=count())
     if given.wandb_project:
         os.environ["WANDB_PROJECT"] = given.wandb_project
         os.environ |= {"WANDB_NAME": given.wandb_run_name} if given.wandb_run_name else {}
-    out = given.output_dir if stage == "grpo" else given.checkpoint_dir
+    folder = given.output_dir if stage == "grpo" else given.checkpoint_dir
     data = {"sft": "sft_data_path", "rm": "reward_data_path", "grpo": "grpo_data_path"}[stage]
-    return _train(stage, getattr(given, data), given, settings, out)
+    return _train(stage, getattr(given, data), given, settings, folder)
 
 
-def _train(stage: StageName, data: Path, given: argparse.Namespace, settings: Any, out: Path) -> Path:
+def _train(stage: StageName, data: Path, given: argparse.Namespace, settings: Any, folder: Path) -> Path:
     from sotopia_rl.llm.open import resolve_model_folder
-    from sotopia_rl.train.processes import is_main, main_first
 
     with main_first():
         if is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            write_rows(read_paper_rows(stage, data), out / "rows.jsonl")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_rows(read_paper_rows(stage, data), folder / "rows.jsonl")
         base = resolve_model_folder(given.model_name)
-    rows = out / "rows.jsonl"
+    rows = folder / "rows.jsonl"
     if stage == "sft":
         from sotopia_rl.train.sft import train_sft
 
-        result = train_sft(rows, base, settings, out)
+        result = train_sft(rows, base, settings, folder)
     elif stage == "rm":
         from sotopia_rl.train.reward_model import train_reward_model
 
-        result = train_reward_model(rows, base, settings, out)
+        result = train_reward_model(rows, base, settings, folder)
     else:
         from sotopia_rl.train.grpo import train_grpo
 
-        result = train_grpo(rows, base, given.policy_adapter_path, given.reward_adapter_path, settings, out)
+        result = train_grpo(rows, base, given.policy_adapter_path, given.reward_adapter_path, settings, folder)
     if is_main():
         link_best(result)
     return result
