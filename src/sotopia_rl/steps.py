@@ -6,9 +6,8 @@ here it is only fed and its results are put in place.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,13 +35,13 @@ from sotopia_rl.evaluate import evaluate
 from sotopia_rl.experiment import Experiment, WorldConfig
 from sotopia_rl.files import read_text, write_text
 from sotopia_rl.llm.limits import Budget, ModelLimits
-from sotopia_rl.llm.open import ModelPool
+from sotopia_rl.llm.open import ModelPool, with_models
 from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest, seated
 from sotopia_rl.monitor import Monitor, secret_leaks
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.results import load_results
 from sotopia_rl.reward import Credited
-from sotopia_rl.simulate import SimulateConfig
+from sotopia_rl.simulate import Pairing, SimulateConfig
 from sotopia_rl.stages import Watch
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
 from sotopia_rl.train.folder import read_metrics
@@ -69,13 +68,9 @@ class Run:
     limits: ModelLimits
     budget: Budget
 
-
-def _with_models(run: Run, work: Callable[[ModelPool], Awaitable[T]]) -> T:
-    async def inside() -> T:
-        async with ModelPool(run.limits, budget=run.budget) as pool:
-            return await work(pool)
-
-    return asyncio.run(inside())
+    def with_models(self, work: Callable[[ModelPool], Awaitable[T]]) -> T:
+        """Run `work` with a pool of models."""
+        return with_models(self.limits, work, budget=self.budget)
 
 
 def _steps(run: Run, stage: str) -> stages.StepWatch:
@@ -119,12 +114,14 @@ def world(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 def simulate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     matches = load_manifest(inputs["world"] / "train.json").matches
     pairings = stages.cast_pairings(matches, e.cast.speakers, sampling=e.cast.sampling, seed=e.cast.seed)
+    _play(run, out, pairings, tag="train", rules=e.simulate)
+
+
+def _play(run: Run, out: Path, pairings: Sequence[Pairing], *, tag: str, rules: SimulateConfig) -> None:
+    """Raises `DataError` where no episode comes to its end: there is nothing to go on with."""
     with _store(out) as store:
-        _with_models(
-            run,
-            lambda pool: stages.simulate_into(
-                store, pairings, pool.get, tag="train", config=e.simulate, watch=run.watch
-            ),
+        run.with_models(
+            lambda pool: stages.simulate_into(store, pairings, pool.get, tag=tag, config=rules, watch=run.watch)
         )
         if not store.count(COMPLETED):
             raise DataError(f"none of the {len(pairings)} episodes was completed; see {out / 'store.db'}")
@@ -132,8 +129,7 @@ def simulate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 
 def judge(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     with _store(inputs["simulate"]) as episodes, _store(out) as ratings:
-        _with_models(
-            run,
+        run.with_models(
             lambda pool: stages.judge_into(
                 episodes,
                 ratings,
@@ -178,8 +174,7 @@ def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     with _store(inputs["judge"]) as ratings:
         total = len(ratings.rated_ids(e.judge_model))
     with _store(out) as store:
-        _with_models(
-            run,
+        run.with_models(
             lambda pool: stages.annotate_into(
                 rated(e, inputs),
                 store,
@@ -250,15 +245,7 @@ def explore(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     )
     cast = stages.cast_pairings(matches, e.cast.speakers, sampling=e.cast.sampling, seed=e.cast.seed)
     pairings = [seated(p.match, policy, p.agents[other(p.match.seat)]) for p in cast]
-    with _store(out) as store:
-        _with_models(
-            run,
-            lambda pool: stages.simulate_into(
-                store, pairings, pool.get, tag="explore", config=_panel_rules(e), watch=run.watch
-            ),
-        )
-        if not store.count(COMPLETED):
-            raise DataError(f"the SFT policy completed none of {len(pairings)} episodes; see {out / 'store.db'}")
+    _play(run, out, pairings, tag="explore", rules=_panel_rules(e))
 
 
 def rm(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -327,8 +314,7 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, _partners(e))]
 
     with _store(out) as store:
-        _with_models(
-            run,
+        run.with_models(
             lambda pool: stages.play_and_judge(
                 pool,
                 store,
@@ -397,7 +383,7 @@ def _shown_episodes(run: Run, e: Experiment, inputs: Inputs) -> list[tuple[Episo
             limit=e.concurrency,
         )
 
-    return _with_models(run, credit)
+    return run.with_models(credit)
 
 
 def _provenance(e: Experiment, inputs: Inputs) -> dict[str, object]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.types import ExistingFile
@@ -20,23 +19,11 @@ from sotopia_rl.episode import AgentSpec, Episode, Rating, Sampling
 from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
-from sotopia_rl.llm.open import ModelPool
+from sotopia_rl.llm.open import with_models
 from sotopia_rl.manifest import evaluation_pairings
 from sotopia_rl.reward import Credited, RewardConfig
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
-
-T = TypeVar("T")
-
-
-def with_models(limits: ModelLimits, work: Callable[[ModelPool], Awaitable[T]]) -> T:
-    """Run `work` with a pool of models that is closed at its end."""
-
-    async def inside() -> T:
-        async with ModelPool(limits) as pool:
-            return await work(pool)
-
-    return asyncio.run(inside())
 
 
 def simulate(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.types import ExistingDirectory, ExistingFile
 
-from sotopia_rl.commands.data import with_models
 from sotopia_rl.commands.options import finish, named_manifest, resolve
 from sotopia_rl.config import parse_config, read_yaml
 from sotopia_rl.console import bars, err, out
 from sotopia_rl.errors import ConfigError, EvaluationError
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
+from sotopia_rl.llm.open import with_models
 from sotopia_rl.simulate import SimulateConfig
 
 if TYPE_CHECKING:  # scipy takes a second, which `--help` does not need
+    from sotopia_rl.llm.open import ModelPool
     from sotopia_rl.results import EvaluateConfig
+    from sotopia_rl.stages import Tally, Watch
 
 app = App(name="evaluate", help="Compare systems over one manifest: play, judge, compare, rank, bundle, verify.")
 
@@ -108,13 +111,21 @@ def play(
     }
     frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
     plan = save_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
-    with bars() as watch:
-        tallies = with_models(
-            capped(limits, max_cost),
-            lambda pool: play_into(pool, output, plan, frozen, watch, retry_failed=retry_failed),
-        )
-    finish(*tallies, failures="count")
+    work_through(
+        limits,
+        max_cost,
+        lambda pool, watch: play_into(pool, output, plan, frozen, watch, retry_failed=retry_failed),
+    )
     publish([output], output)
+
+
+def work_through(
+    limits: ModelLimits, max_cost: float | None, work: Callable[[ModelPool, Watch], Awaitable[list[Tally]]]
+) -> None:
+    """Do `work` behind progress bars, and say what was done; what failed is counted, and left to the results."""
+    with bars() as watch:
+        tallies = with_models(capped(limits, max_cost), lambda pool: work(pool, watch))
+    finish(*tallies, failures="count")
 
 
 def capped(limits: ModelLimits, max_cost: float | None) -> ModelLimits:
@@ -148,22 +159,18 @@ def rejudge(
     from sotopia_rl.evaluate.folder import Plan, load_plan, save_plan
     from sotopia_rl.evaluate.play import judge as judge_into
     from sotopia_rl.evaluate.play import refuse_silent
-    from sotopia_rl.llm.open import ModelPool
     from sotopia_rl.manifest import load_manifest
-    from sotopia_rl.stages import Tally
 
     before = load_plan(run)
     again = dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {}
     asked = parse_config(Plan, {**before.model_dump(), "judges": judge, "judgements": again}, where="rejudge")
     plan = save_plan(asked, load_manifest(run / "manifest.json"), run)
 
-    async def work(pool: ModelPool) -> list[Tally]:
+    async def rate(pool: ModelPool, watch: Watch) -> list[Tally]:
         await refuse_silent(pool, judge)
         return await judge_into(pool, run, plan, watch, judges=judge)
 
-    with bars() as watch:
-        tallies = with_models(capped(limits, max_cost), work)
-    finish(*tallies, failures="count")
+    work_through(limits, max_cost, rate)
     publish([run], run)
 
 
@@ -279,12 +286,11 @@ def matrix(
     }
     frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
     plan = save_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
-    with bars() as watch:
-        tallies = with_models(
-            capped(limits, max_cost),
-            lambda pool: play_matrix(pool, output, plan, frozen, watch, retry_failed=retry_failed),
-        )
-    finish(*tallies, failures="count")
+    work_through(
+        limits,
+        max_cost,
+        lambda pool, watch: play_matrix(pool, output, plan, frozen, watch, retry_failed=retry_failed),
+    )
     results = matrix_results(output, plan, frozen, metric=metric, tie_margin=tie_margin)
     write_matrix(results, output)
     out.print(matrix_table(results))

@@ -9,14 +9,15 @@ scripted/NAME                     a deterministic model that ships with the pack
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib.util
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlsplit
 
 from sotopia_rl.errors import ConfigError, MissingExtraError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # aiohttp and torch are imported when a model needs them: `--
     from sotopia_rl.llm.endpoint import Endpoint
     from sotopia_rl.llm.in_process import LocalBase
     from sotopia_rl.serve.model import ServedBase
+
+T = TypeVar("T")
 
 OPENAI_KEY = "OPENAI_API_KEY"
 FORMS = "openai/NAME, custom/NAME@http://host:port/v1, local/PATH[:ADAPTER], vllm/PATH[:ADAPTER] or scripted/NAME"
@@ -244,6 +247,16 @@ def _scripted(parsed: ScriptedName) -> ChatModel:
 def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean scripted/{near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
+
+
+def with_models(limits: ModelLimits, work: Callable[[ModelPool], Awaitable[T]], *, budget: Budget | None = None) -> T:
+    """Run `work` to its end with a pool of models, which is closed afterwards; for callers outside any event loop."""
+
+    async def inside() -> T:
+        async with ModelPool(limits, budget=budget) as pool:
+            return await work(pool)
+
+    return asyncio.run(inside())
 
 
 @asynccontextmanager
