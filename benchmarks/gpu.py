@@ -55,12 +55,7 @@ def make_base(shape: Shape, tokens: int, folder: Path) -> None:
     tokenizer = tiny_tokenizer([" ".join(words[start:] + words[:start]) for start in range(0, 400, 40)], 560)
     # Llama with biases on q, k and v is Qwen2 in all but its name, under which transformers would ignore the tokenizer
     config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
+        **shape.config_fields,
         attention_bias=shape.attention_bias,
         max_position_embeddings=32768,
         tie_word_embeddings=False,

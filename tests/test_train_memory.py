@@ -18,12 +18,7 @@ def on_paper(shape: Shape) -> torch.nn.Module:
     """The model of that shape on the meta device: every parameter, no memory."""
     cls = Qwen2Config if shape.attention_bias else LlamaConfig
     config = cls(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
+        **shape.config_fields,
         tie_word_embeddings=shape.tied,
     )
     with torch.device("meta"):

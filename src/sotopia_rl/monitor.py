@@ -10,13 +10,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sotopia_rl import sandbox
 from sotopia_rl.dataset import PromptRow
-from sotopia_rl.episode import AgentSpec, Match, Sampling
+from sotopia_rl.episode import AgentSpec, Episode, Match, Sampling
 from sotopia_rl.evaluate import metrics_of
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import Budget, ModelLimits
@@ -108,12 +109,16 @@ def secret_leaks(stores: Sequence[EpisodeStore]) -> Callable[[PromptRow, str], b
     """
     holder = {episode_id: store for store in stores for episode_id in store.ids()}
 
+    @lru_cache(maxsize=256)  # a step asks about the same few rows once per completion
+    def episode_of(episode_id: str) -> Episode:
+        return holder[episode_id].episode(episode_id)
+
     def leaks(row: PromptRow, text: str) -> bool:
         try:
             action = parse_action(text)
         except ValueError:  # what nobody can read gives nothing away
             return False
-        episode = holder[row.episode_id].episode(row.episode_id)
+        episode = episode_of(row.episode_id)
         return sandbox.gives_away(episode.match, episode.turns[: row.turn], row.seat, action)
 
     return leaks

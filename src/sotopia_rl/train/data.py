@@ -14,10 +14,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from sotopia_rl.errors import DataError
 from sotopia_rl.models import Message
+from sotopia_rl.train.config import AdapterSettings
 
 T = TypeVar("T")
 
@@ -50,6 +51,9 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+R = TypeVar("R", bound=ReplyLike)
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,42 @@ def split_by_episode(
     count = min(len(episodes) - 1, max(1, round(share * len(episodes)))) if share > 0 else 0
     held_out = set(episodes[:count])
     return [r for r in rows if episode(r) not in held_out], [r for r in rows if episode(r) in held_out]
+
+
+@dataclass(frozen=True)
+class Divided(Generic[R]):
+    """The rows of a stage on both sides of the split by episode, and the same rows as token ids.
+
+    Attributes:
+        training, held_out: As they were read.
+        train_rows, eval_rows: One for each of them, in their order.
+    """
+
+    training: list[R]
+    held_out: list[R]
+    train_rows: list[Encoded]
+    eval_rows: list[Encoded]
+
+    def facts(self) -> dict[str, object]:
+        """Counts for the record of the run."""
+        return {
+            "data": length_report([*self.train_rows, *self.eval_rows]),
+            "episodes": len({row.episode_id for row in (*self.training, *self.held_out)}),
+            "held_out_rows": len(self.eval_rows),
+        }
+
+
+def divided(tokenizer: Tokenizer, rows: Sequence[R], settings: AdapterSettings) -> Divided[R]:
+    """Split rows by episode and turn them into token ids, as the settings say.
+
+    Raises:
+        DataError: As `encode_rows`.
+    """
+    training, held_out = split_by_episode(rows, lambda row: row.episode_id, settings.held_out_share, settings.seed)
+    encoded = [
+        encode_rows(tokenizer, side, max_length=settings.max_length, reply=reply_text) for side in (training, held_out)
+    ]
+    return Divided(training, held_out, *encoded)
 
 
 def length_report(encoded: Iterable[Encoded]) -> dict[str, int]:

@@ -36,6 +36,18 @@ class Shape:
     attention_bias: bool = False
 
     @property
+    def config_fields(self) -> dict[str, int]:
+        """What a `LlamaConfig` or `Qwen2Config` of this shape is given."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+        }
+
+    @property
     def head_size(self) -> int:
         return self.hidden // self.heads
 

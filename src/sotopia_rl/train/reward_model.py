@@ -28,7 +28,7 @@ from sotopia_rl.train.adapters import COMBINED, saver, write_base_note
 from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
-from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
+from sotopia_rl.train.data import Encoded, divided
 from sotopia_rl.train.folder import claim, fingerprints, write_json
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, only_errors, trainer_arguments
 from sotopia_rl.train.processes import is_main, weights_are_divided
@@ -73,35 +73,33 @@ def train_reward_model(
         return run.path / "adapter"
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
-        data = list(read_rows(RewardRow, rows))
-        check_targets(rows, data, settings.dimensions)
-        training, held_out = split_by_episode(data, lambda row: row.episode_id, settings.held_out_share, settings.seed)
-        train_rows = encode_rows(tokenizer, training, max_length=settings.max_length, reply=reply_text)
-        eval_rows = encode_rows(tokenizer, held_out, max_length=settings.max_length, reply=reply_text)
-        train_targets, eval_targets = (targets(part, settings.dimensions) for part in (training, held_out))
+        read = list(read_rows(RewardRow, rows))
+        check_targets(rows, read, settings.dimensions)
+        data = divided(tokenizer, read, settings)
+        train_targets, eval_targets = (targets(side, settings.dimensions) for side in (data.training, data.held_out))
         set_seed(settings.seed)
         model = new_reward_model(base, tokenizer, settings)
         trainer = RewardTrainer(
             model=model,
             args=TrainingArguments(
-                **trainer_arguments(settings, run, evaluate=bool(eval_rows)),
+                **trainer_arguments(settings, run, evaluate=bool(data.eval_rows)),
                 label_names=["labels"],
                 prediction_loss_only=True,
                 remove_unused_columns=False,
             ),
-            train_dataset=target_rows(train_rows, train_targets),
-            eval_dataset=target_rows(eval_rows, eval_targets) if eval_rows else None,
+            train_dataset=target_rows(data.train_rows, train_targets),
+            eval_dataset=target_rows(data.eval_rows, eval_targets) if data.eval_rows else None,
             data_collator=TargetPadding(tokenizer.pad_token_id),
             ranking_weight=settings.ranking_weight if settings.loss == "mse_ranking" else 0.0,
         )
         watch = KeepBest(run, saver(model), patience=settings.patience)
-        train_to_the_end(trainer, run, [Record(run, progress), *([watch] if eval_rows else [])])
-        use_best = settings.keep == "best" and bool(eval_rows)
+        train_to_the_end(trainer, run, [Record(run, progress), *([watch] if data.eval_rows else [])])
+        use_best = settings.keep == "best" and bool(data.eval_rows)
         adapter = write_result(run, "adapter", saver(model), tokenizer, use_best=use_best)
         write_base_note(adapter, base)
         set_peft_model_state_dict(model, load_peft_weights(str(adapter), device=str(model.device)))
-        predicted = predict(model, eval_rows, tokenizer.pad_token_id, batch_size=2 * settings.batch_size)
-    report = make_report(settings, held_out, predicted, train_targets, eval_targets)
+        predicted = predict(model, data.eval_rows, tokenizer.pad_token_id, batch_size=2 * settings.batch_size)
+    report = make_report(settings, data.held_out, predicted, train_targets, eval_targets)
     if is_main():
         write_json(run.path / "report.json", report.model_dump())
         shutil.copy(run.path / "report.json", adapter / "report.json")
@@ -109,9 +107,7 @@ def train_reward_model(
         "result": "adapter",
         "steps": trainer.state.global_step,
         "best_step": best_step(run),
-        "data": length_report([*train_rows, *eval_rows]),
-        "episodes": len({row.episode_id for row in data}),
-        "held_out_rows": len(eval_rows),
+        **data.facts(),
     }
     conclude(run, adapter, settings, paths, facts)
     return adapter

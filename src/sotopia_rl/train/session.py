@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Ask the C library not to hand memory back between steps, where it is glibc.
 
     A step allocates the same large tensors as the one before; by default each is mapped and zeroed anew. On the
-    quickstart's GRPO that is a seventh of the CPU time, for 0.35 GB more resident memory (`docs/benchmarks.md`).
+    quickstart's GRPO that is a seventh of the CPU time, for 0.4 to 0.6 GB more resident memory (`docs/benchmarks.md`).
     """
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     if (libc := _glibc()) is not None:

@@ -18,7 +18,7 @@ from sotopia_rl.train.adapters import saver, write_base_note
 from sotopia_rl.train.batches import language_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import SFTSettings
-from sotopia_rl.train.data import Encoded, encode_rows, length_report, reply_text, split_by_episode
+from sotopia_rl.train.data import Encoded, divided
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments
 from sotopia_rl.train.publish import conclude, publish
@@ -60,25 +60,20 @@ def train_sft(
         return run.path / name
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
-        data = list(read_rows(SFTRow, rows))
-        training, held_out = split_by_episode(data, lambda row: row.episode_id, settings.held_out_share, settings.seed)
-        train_rows = encode_rows(tokenizer, training, max_length=settings.max_length, reply=reply_text)
-        eval_rows = encode_rows(tokenizer, held_out, max_length=settings.max_length, reply=reply_text)
+        data = divided(tokenizer, list(read_rows(SFTRow, rows)), settings)
         set_seed(settings.seed)
         model = load_base(base, tokenizer, settings)
-        trainer = make_trainer(model, tokenizer, settings, run, train_rows=train_rows, eval_rows=eval_rows)
+        trainer = make_trainer(model, tokenizer, settings, run, train_rows=data.train_rows, eval_rows=data.eval_rows)
         watch = KeepBest(run, saver(trainer.model), patience=settings.patience)
-        train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), *([watch] if eval_rows else [])])
-        use_best = settings.keep == "best" and bool(eval_rows)
+        train_to_the_end(trainer, run, [Record(run, progress, METRIC_NAMES), *([watch] if data.eval_rows else [])])
+        use_best = settings.keep == "best" and bool(data.eval_rows)
         target = write_result(run, name, saver(trainer.model), tokenizer, use_best=use_best)
         write_base_note(target, base)
     facts = {
         "result": name,
         "steps": trainer.state.global_step,
         "best_step": best_step(run),
-        "data": length_report([*train_rows, *eval_rows]),
-        "episodes": len({row.episode_id for row in data}),
-        "held_out_rows": len(eval_rows),
+        **data.facts(),
     }
     conclude(run, target, settings, paths, facts)
     return target
