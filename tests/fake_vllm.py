@@ -9,12 +9,13 @@ to `sample`; by default every completion is the token 7 and the end token.
 
 import asyncio
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
+
+from local_server import LocalServer
 
 EOS = 2
 Sample = Callable[[Path, list[int], dict[str, Any]], tuple[list[int], list[float]]]
@@ -48,7 +49,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
 """What can be wrong with an answer; `FakeVLLM` knows some faults beside these."""
 
 
-class FakeVLLM:
+class FakeVLLM(LocalServer):
     def __init__(
         self,
         *,
@@ -69,41 +70,14 @@ class FakeVLLM:
         self.requests: list[dict[str, Any]] = []
         self.port = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def __enter__(self) -> Self:
-        ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)))
-        self._thread.start()
-        assert ready.wait(10)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._over.set)
-            self._thread.join()
-
-    async def _serve(self, ready: threading.Event) -> None:
-        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        app = web.Application(client_max_size=2**24)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/completions", self._completions)
+    def routes(self) -> list[web.RouteDef]:
+        known = [web.get("/v1/models", self._models), web.post("/v1/completions", self._completions)]
         if self.takes_adapters:
-            app.router.add_post("/v1/load_lora_adapter", self._load)
-            app.router.add_post("/v1/unload_lora_adapter", self._unload)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]
-        ready.set()
-        await self._over.wait()
-        await runner.cleanup()
+            known += [
+                web.post("/v1/load_lora_adapter", self._load),
+                web.post("/v1/unload_lora_adapter", self._unload),
+            ]
+        return known
 
     async def _models(self, request: web.Request) -> web.Response:
         base = {"id": "base", "root": "/base", "max_model_len": self.max_model_len}

@@ -9,12 +9,13 @@ Each request takes the next answer of the list, the last one again and again. An
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
+
+from local_server import LocalServer
 
 
 @dataclass
@@ -65,7 +66,7 @@ FAULTS = {
 Script = Sequence[str | Answer | Callable[[dict[str, Any]], Answer]]
 
 
-class FaultyServer:
+class FaultyServer(LocalServer):
     def __init__(self, script: Script, *, port: int = 0, path: str = "/v1/chat/completions") -> None:
         self.script = script
         self.path = path
@@ -75,33 +76,8 @@ class FaultyServer:
         self.times: list[float] = []
         self.at_once = self.most_at_once = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def __enter__(self) -> Self:
-        ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)))
-        self._thread.start()
-        assert ready.wait(10)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join()
-
-    async def _serve(self, ready: threading.Event) -> None:
-        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        app = web.Application(client_max_size=2**24)
-        app.router.add_post(self.path, self._answer)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]
-        ready.set()
-        await self._over.wait()
-        await runner.cleanup()
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post(self.path, self._answer)]
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,14 +30,14 @@ class Hub:
     endpoint: str = ""
 
 
-class _Server(ThreadingHTTPServer):
+class HubServer(ThreadingHTTPServer):
     daemon_threads = True
-    hub: Hub
+    hub: Any
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: HubServer
 
     @property
     def hub(self) -> Hub:
@@ -108,9 +109,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve a hub on a free local port."""
-    server = _Server(("127.0.0.1", 0), Handler)
+def serving_over_http(hub: Any, handler: type[BaseHTTPRequestHandler]) -> Iterator[Any]:
+    """Serve a hub on a free local port; the handler finds it as `server.hub`, the hub its address as `endpoint`."""
+    server = HubServer(("127.0.0.1", 0), handler)
     server.hub = hub
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -118,7 +119,16 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
-        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve a hub on a free local port."""
+    with serving_over_http(hub, Handler):
+        try:
+            yield hub
+        finally:
+            hub.ended.set()

@@ -2,11 +2,11 @@
 
 import base64
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
+
+from hub_server import HubServer, serving_over_http
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -24,14 +24,9 @@ class ModelHub:
     endpoint: str = ""
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    hub: ModelHub
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: HubServer
 
     def log_message(self, *_: object) -> None:
         pass
@@ -75,17 +70,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": f"no such thing: {path}"})
 
 
-@contextmanager
-def serving(hub: ModelHub) -> Iterator[ModelHub]:
+def serving(hub: ModelHub) -> AbstractContextManager[ModelHub]:
     """Serve a hub on a free local port."""
-    server = _Server(("127.0.0.1", 0), _Handler)
-    server.hub = hub
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return serving_over_http(hub, _Handler)

@@ -10,15 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sotopia_rl.cli import main
+from command_line import call
 from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate.bundle import verify_bundle
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from command_line import call
 from faulty_server import Answer, FaultyServer, reply
-from sotopia_rl.cli import main
 from sotopia_rl.evaluate.folder import load_plan
 from sotopia_rl.results import load_results
 from sotopia_rl.sandbox.scripted import give_verdict
@@ -24,12 +24,6 @@ SYSTEMS = ["--system", "tough=scripted/tough", "--system", "fair=scripted/fair"]
 PARTNERS = ["--partner", "scripted/fair", "--partner", "scripted/generous"]
 JUDGE = ["--judge", "scripted/judge"]
 QUICK = ["--max-retries", 0, "--backoff-seconds", 0]
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module")

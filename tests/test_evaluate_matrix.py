@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sotopia_rl.cli import main
+from command_line import call
 from sotopia_rl.episode import Failure
 from sotopia_rl.errors import EvaluationError
 from sotopia_rl.evaluate.folder import load_plan
@@ -18,12 +18,6 @@ from sotopia_rl.store import open_store
 SPEAKERS = ("tough", "fair", "generous")
 SYSTEMS = [part for name in SPEAKERS for part in ("--system", f"{name}=scripted/{name}")]
 WORLD = ["--manifest", "sandbox-held-out", "--count", 8, "--judge", "scripted/judge"]
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module")

