@@ -46,7 +46,7 @@ test: $(DEV)
 	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal $(ARGS)
 
 test-slow: $(DEV) oracles
-	$(PYTEST) -m 'slow and not gpu' --durations 10 $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not gpu' -n 2 --dist loadgroup -v --durations 10 $(ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff check .
@@ -91,7 +91,7 @@ $(RUN): constraints.txt pyproject.toml
 	@touch $@
 
 $(DEV): $(RUN)
-	$(PIP) install -qq -c constraints.txt --editable '.[$(DEV_EXTRAS)]'
+	$(PIP) install -qq --no-compile -c constraints.txt --editable '.[$(DEV_EXTRAS)]'
 	$(PIP) install -qq -c constraints.txt --no-deps $(DEV_BARE)
 	@rm -f $(VENV)/.stamp-dev-*
 	@touch $@

@@ -3,9 +3,9 @@
     python benchmarks/rollouts.py                        SmolLM2, 16 prompts x 8 completions; half an hour on a core
     python benchmarks/rollouts.py --base MODEL_FOLDER    the same on a GPU, with any base
 
-Both sample from the same random LoRA adapter, as GRPO does: the trainer with transformers' generate, all completions in
-one batch; the server by our client, prompts as token ids, the adapter loaded before. Each engine samples a few tokens
-first to warm up. vLLM is looked for in .venvs/vllm (`make oracles ORACLES=vllm`), or where --python says.
+All sample from the same random LoRA adapter: transformers' generate, all completions in one batch, as TRL does it; the
+trainer here, which reads each prompt once; the server by our client, prompts as token ids, the adapter loaded before.
+Each engine samples a few tokens first to warm up. vLLM is looked for in .venvs/vllm (`make oracles ORACLES=vllm`), or where --python says.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import prompt_token_ids
 from sotopia_rl.train.folder import read_json
 from sotopia_rl.train.loading import load_base, load_tokenizer
-from sotopia_rl.train.rollout import PublishedPolicies
+from sotopia_rl.train.rollout import PublishedPolicies, sample_here
 from sotopia_rl.train.vllm_servers import Request, Version, VLLMServers
 
 SETTINGS = GRPOSettings()
@@ -74,7 +74,19 @@ def random_adapter(base: Path, folder: Path) -> Path:
 
 
 def in_process(base: Path, adapter: Path, sequences: list[list[int]], length: int) -> tuple[int, float]:
-    """(tokens, seconds) of one batch with a completion for each prompt."""
+    """(tokens, seconds) of a completion for each prompt, sampled as GRPO does."""
+    tokenizer = load_tokenizer(base)
+    model = load_policy(base, adapter, tokenizer, SETTINGS)
+    stops = {tokenizer.eos_token_id}
+    sample_here(model, sequences[:1], stop_tokens=stops, max_tokens=4, temperature=1.0)
+    start = time.perf_counter()
+    found = sample_here(model, sequences, stop_tokens=stops, max_tokens=length, temperature=1.0)
+    seconds = time.perf_counter() - start
+    return sum(map(len, found)), seconds
+
+
+def by_generate(base: Path, adapter: Path, sequences: list[list[int]], length: int) -> tuple[int, float]:
+    """(tokens, seconds) of one batch with a completion for each prompt, by transformers' `generate`."""
     tokenizer = load_tokenizer(base)
     model = load_policy(base, adapter, tokenizer, SETTINGS).eval()
     padded = tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt").to(model.device)
@@ -120,7 +132,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--python", type=Path, default=VLLM, help="interpreter with vLLM")
-    parser.add_argument("--only", choices=["in_process", "vllm_server"], help="one of the two")
+    parser.add_argument("--only", choices=["generate", "in_process", "vllm_server"], help="one of the three")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile: slow to start, quicker afterwards")
     chosen = parser.parse_args()
     if chosen.python == VLLM and not VLLM.exists():
@@ -139,10 +151,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         adapter = random_adapter(base, Path(scratch) / "adapter")
         sequences = [row for row in rows for _ in range(chosen.completions)]
-        ours = theirs = 0.0
-        if chosen.only != "vllm_server":
+        plainly = ours = 0.0
+        if chosen.only in {None, "generate"}:
+            plainly = line("transformers' generate", lambda: by_generate(base, adapter, sequences, chosen.max_tokens))
+        gc.collect()
+        if chosen.only in {None, "in_process"}:
             ours = line("in process", lambda: in_process(base, adapter, sequences, chosen.max_tokens))
-        if chosen.only == "in_process":
+        if plainly and ours:
+            print(f"\nin process against transformers' generate: {ours / plainly:.2f}\n")
+        if chosen.only in {"generate", "in_process"}:
             return
         gc.collect()
         if on_gpu:

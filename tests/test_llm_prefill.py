@@ -51,6 +51,22 @@ def test_a_conversation_decodes_the_same_with_and_without_what_is_known(model):
     assert play(None) == play(PrefixStore(0)) == play(PrefixStore(10**8))
 
 
+def test_equal_prompts_are_read_once(model):
+    read = []
+    hook = model.register_forward_pre_hook(
+        lambda _module, _args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    prompts = [some_tokens(0, 30), some_tokens(1, 20), some_tokens(0, 30), some_tokens(0, 30)]
+    with torch.inference_mode():
+        logits, cache = prefill(model, prompts, room=1, store=PrefixStore(0), owner="")
+        hook.remove()
+        assert sum(read) == 2 * 30
+        alone, cache_alone = prefill(model, prompts[2:3], room=1, store=PrefixStore(0), owner="")
+    for row in (0, 2, 3):
+        assert torch.allclose(logits[row], alone[0], atol=1e-5)
+        assert torch.allclose(cache.layers[1].keys[row], cache_alone.layers[1].keys[0], atol=1e-5)
+
+
 def states(length):
     return torch.zeros(4, 2, length, 8)
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from real_vllm import SMOLLM2, needs_smollm2, needs_vllm, on_cpu
 from sotopia_rl.dataset import RewardRow, read_rows
-from sotopia_rl.serve.scoring import PoolingServer
+from sotopia_rl.serve.best_of_n import BestOfNSettings
+from sotopia_rl.serve.run import open_reward_model
 from sotopia_rl.serve.vllm import VLLMServer
 from sotopia_rl.train.data import encode_rows, reply_text
 from sotopia_rl.train.loading import load_tokenizer
@@ -54,9 +55,13 @@ def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, mon
     model = load_reward_model(SMOLLM2, adapter, tokenizer, RM.model_copy(update=short))
     here = torch.tensor(predict(model, encoded, tokenizer.pad_token_id, batch_size=3))
     del model
-    settings = on_cpu(task="reward", chunked_prefill=False)
-    with VLLMServer(SMOLLM2, {"rm": adapter}, settings, log=tmp_path / "vllm.log") as server:
-        served = PoolingServer(server.url, "rm", lambda *_: [], ("goal", "relationship"))
-        there = torch.tensor(served.score([(row.prompt_ids, row.completion_ids) for row in encoded]))
+    pairs = [(tuple(row.prompt_ids), tuple(row.completion_ids)) for row in encoded]
+    loaded = open_reward_model(str(adapter), BestOfNSettings())
+    assert (here - torch.tensor(loaded.score(pairs))).abs().max() < 1e-4
+    del loaded
+    with VLLMServer(SMOLLM2, {"rm": adapter}, on_cpu(task="reward"), log=tmp_path / "vllm.log") as server:
+        served = open_reward_model(server.model("rm"), BestOfNSettings(), base=SMOLLM2)
+        there = torch.tensor(served.score(pairs))
+    assert served.outputs == ("goal", "relationship")
     assert here.abs().max() > 1e-3  # the head has moved from zero
     assert (here - there).abs().max() < 1e-4

@@ -13,6 +13,7 @@ from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.folder import read_metrics
 from sotopia_rl.train.grpo import Policy, is_action, train_grpo
 from sotopia_rl.train.loading import load_tokenizer
+from sotopia_rl.train.rollout import sample_here
 from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
 from training_settings import GRPO
 
@@ -24,6 +25,38 @@ def grpo_adapter(
     rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return train_grpo(rows, base, sft_adapter, reward_adapter, GRPO, tmp_path_factory.mktemp("grpo"))
+
+
+def test_the_model_samples_what_its_own_generate_would(base: Path, sft_adapter: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    model = load_policy(base, sft_adapter, tokenizer, GRPO)
+    model.train()
+    prompts = [[5, 6, 7, 8], [9, 8], [5, 6, 7, 8], [40, 41, 42]]
+    almost_greedy = {"stop_tokens": {tokenizer.eos_token_id}, "max_tokens": 12, "temperature": 1e-6}
+    found = sample_here(model, prompts, **almost_greedy)
+    assert model.training
+    model.eval()
+    for prompt, ids in zip(prompts, found, strict=True):
+        whole = model.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12,
+            do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        assert ids == whole[0, len(prompt) :].tolist()
+
+
+def test_equal_prompts_get_samples_of_their_own_and_torchs_seed_decides(base: Path, sft_adapter: Path) -> None:
+    model = load_policy(base, sft_adapter, load_tokenizer(base), GRPO)
+
+    def sample(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return sample_here(model, [[5, 6, 7, 8]] * 6, stop_tokens={3, 4, 5}, max_tokens=12, temperature=1.5)
+
+    found = sample(0)
+    assert found == sample(0) != sample(1)
+    assert len({tuple(ids) for ids in found}) > 1
+    for ids in found:  # whole with the stop token that ended it, or as long as may be
+        assert not {3, 4, 5} & set(ids[:-1])
+        assert ids[-1] in {3, 4, 5} or len(ids) == 12
 
 
 def comparable(path: Path) -> list[dict[str, object]]:
@@ -163,9 +196,7 @@ def test_a_reward_model_below_the_gate_is_refused(
 
 def reward_of(settings: GRPOSettings, base: Path, sft_adapter: Path, reward_adapter: Path) -> UtteranceReward:
     tokenizer = load_tokenizer(base)
-    scorer = RewardScorer(
-        load_policy(base, sft_adapter, tokenizer, settings), reward_adapter, tokenizer.pad_token_id, batch_size=4
-    )
+    scorer = RewardScorer(load_policy(base, sft_adapter, tokenizer, settings), reward_adapter, batch_size=4)
     scorer.head_DH = scorer.head_DH * 1000  # scores far from zero, of either sign
     return UtteranceReward(
         scorer=scorer,

@@ -75,10 +75,12 @@ def test_with_a_padding_token_of_its_own_every_stage_agrees(rows: Path, crowded:
     encoded = encode_rows(tokenizer, list(read_rows(RewardRow, rows))[:5], max_length=512, reply=reply_text)
     alone = predict(load_reward_model(crowded, reward, tokenizer, RM), encoded, tokenizer.pad_token_id, batch_size=5)
     policy = load_policy(crowded, sft, tokenizer, GRPO)
-    scorer = RewardScorer(policy, reward, tokenizer.pad_token_id, batch_size=2)
-    shared = scorer.score([row.ids for row in encoded])
+    scorer = RewardScorer(policy, reward, batch_size=2)
+    shared = scorer.score([(row.prompt_ids, row.completion_ids) for row in encoded])
     assert torch.allclose(torch.tensor(alone), shared, atol=1e-5)
-    ended, cut_off = scorer.score([encoded[0].ids, encoded[0].ids[:-1]])
+    ended, cut_off = scorer.score(
+        [(encoded[0].prompt_ids, encoded[0].completion_ids), (encoded[0].prompt_ids, encoded[0].completion_ids[:-1])]
+    )
     assert not torch.allclose(ended, cut_off, atol=1e-7)
     train_grpo(rows, crowded, sft, reward, GRPO.model_copy(update={"max_steps": 1}), tmp_path / "grpo")
 

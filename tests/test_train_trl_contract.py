@@ -145,6 +145,17 @@ def test_rows_keep_what_is_asked_of_them() -> None:
     assert isinstance(prompt_rows([]), Dataset)
 
 
+def test_without_vllm_completions_come_from_one_call(seen: dict[str, Any]) -> None:
+    trainer = seen["trainer"]
+    sampled, logprobs = trainer._generate_single_turn([[5, 6, 7], [8, 9]], None, {}, 1)
+    assert (len(sampled), logprobs) == (2, None), TRL_CHANGED + "what _generate_single_turn returns"
+    assert all(isinstance(token, int) for ids in sampled for token in ids), TRL_CHANGED + "completion ids are lists"
+    assert trainer.eos_token_ids == [seen["tokenizer"].eos_token_id], TRL_CHANGED + "eos_token_ids"
+    assert (trainer.max_completion_length, trainer.temperature) == (4, 1.0), TRL_CHANGED + "names of sampling settings"
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "= self._generate_single_turn(" in source, TRL_CHANGED + "_generate calls _generate_single_turn"
+
+
 def test_completions_come_from_vllm_generation_where_use_vllm_is_true() -> None:
     source = inspect.getsource(GRPOTrainer._generate_single_turn)
     for piece in (

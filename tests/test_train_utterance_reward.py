@@ -130,7 +130,7 @@ def test_outputs_that_are_not_weighed_weigh_the_same() -> None:
 def test_rewards_that_are_no_numbers_stop_the_run(base: Path, sft_adapter: Path, reward_adapter: Path) -> None:
     tokenizer = load_tokenizer(base)
     model = load_policy(base, sft_adapter, tokenizer, GRPO)
-    scorer = RewardScorer(model, reward_adapter, tokenizer.pad_token_id, batch_size=4)
+    scorer = RewardScorer(model, reward_adapter, batch_size=4)
     scorer.head_DH = scorer.head_DH * float("nan")
     reward = OutputReward(UtteranceReward(scorer, is_action, GRPOSettings(), tokenizer.eos_token_id), 0, "value")
     with pytest.raises(TrainingError, match="no numbers"):
@@ -146,7 +146,7 @@ def test_rewards_that_are_no_numbers_stop_the_run(base: Path, sft_adapter: Path,
 def test_the_outputs_are_named_after_the_report(two_outputs: Path, base: Path, sft_adapter: Path) -> None:
     tokenizer = load_tokenizer(base)
     model = load_policy(base, sft_adapter, tokenizer, GRPO)
-    scorer = RewardScorer(model, two_outputs, tokenizer.pad_token_id, batch_size=4)
+    scorer = RewardScorer(model, two_outputs, batch_size=4)
     assert scorer.outputs == ("goal", "relationship")
-    assert scorer.score([[5, 6, 7], [5, 6]]).shape == (2, 2)
+    assert scorer.score([([5, 6], [7]), ([5], [6])]).shape == (2, 2)
     assert json.loads((two_outputs / "report.json").read_text())["outputs"][1]["name"] == "relationship"

@@ -104,15 +104,14 @@ def regression_coefficient(y: Floats, design: Floats, clusters: Sequence[str], *
     residual = y - design @ beta
     if num_clusters < 2:
         return Estimate(float(beta[0]), None, None, None, None, len(y), num_clusters)
-    scores = np.zeros(num_clusters)
-    norms = np.zeros(num_clusters)
-    loadings = np.zeros((num_clusters, design.shape[1]))
-    for j in range(num_clusters):
-        rows = index == j
-        adjusted = _inverse_root(design[rows] @ bread @ design[rows].T) @ design[rows] @ bread[0]  # [n_j]
-        scores[j] = adjusted @ residual[rows]
-        norms[j] = adjusted @ adjusted
-        loadings[j] = design[rows].T @ adjusted
+    # CR2 takes (I - H_jj)^(-1/2), of a cluster's size, times its rows X_j. With H_jj = A A', A = X_j root and
+    # root = bread^(1/2), that is X_j root (I - A'A)^(-1/2) root^(-1): all that has to be inverted is K by K.
+    root = _power(bread, 0.5)
+    moments = _sums(design[:, :, None] * design[:, None, :], index, num_clusters)  # [J, K, K] X_j'X_j
+    adjusted = root @ _inverse_root(root @ moments @ root) @ root[0]  # [J, K] what X_j is multiplied with
+    loadings = np.einsum("jkl,jl->jk", moments, adjusted)
+    scores = np.einsum("jk,jk->j", _sums(design * residual[:, None], index, num_clusters), adjusted)
+    norms = np.einsum("jk,jk->j", loadings, adjusted)
     gram = np.diag(norms) - loadings @ bread @ loadings.T  # [J, J], Satterthwaite's quadratic form
     total = float((gram**2).sum())
     df = float(np.trace(gram)) ** 2 / total if total > 0 else 0.0
@@ -124,12 +123,25 @@ def regression_coefficient(y: Floats, design: Floats, clusters: Sequence[str], *
     return Estimate(value, value - half, value + half, error, df, len(y), num_clusters)
 
 
-def _inverse_root(hat: Floats) -> Floats:
-    """(I - H_jj)^(-1/2), the pseudo-inverse where a direction is fitted exactly."""
-    values, vectors = np.linalg.eigh(np.eye(len(hat)) - hat)
+def _sums(values: Floats, index: npt.NDArray[np.intp], num_clusters: int) -> Floats:
+    """[J, ...] sums of the rows [N, ...] of each cluster."""
+    found = np.zeros((num_clusters, *values.shape[1:]))
+    np.add.at(found, index, values)
+    return found
+
+
+def _power(matrix: Floats, exponent: float) -> Floats:
+    """A power of a symmetric matrix [K, K] without negative eigenvalues."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray((vectors * np.clip(values, 0, None) ** exponent) @ vectors.T, dtype=np.float64)
+
+
+def _inverse_root(hats: Floats) -> Floats:
+    """[J, K, K] (I - hat)^(-1/2) of each, the pseudo-inverse where a direction is fitted exactly."""
+    values, vectors = np.linalg.eigh(np.eye(hats.shape[-1]) - hats)
     keep = values > 1e-10
     roots = np.where(keep, 1 / np.sqrt(np.where(keep, values, 1.0)), 0.0)
-    return np.asarray((vectors * roots) @ vectors.T, dtype=np.float64)
+    return np.asarray((vectors * roots[:, None, :]) @ np.swapaxes(vectors, 1, 2), dtype=np.float64)
 
 
 def cluster_index(clusters: Sequence[str]) -> npt.NDArray[np.intp]:

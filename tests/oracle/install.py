@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 VENVS = Path(__file__).resolve().parents[2] / ".venvs"
@@ -79,15 +80,15 @@ def install_redis() -> None:
 def install_sotopia(name: str, python: str) -> None:
     home = VENVS / name
     subprocess.run([python, "-m", "venv", str(home)], check=True)
-    pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    subprocess.run([*pip, *SOTOPIA[name]], check=True)
+    pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "-q", "--no-compile", *SOTOPIA[name]], check=True)
 
 
 def install_vllm(python: str) -> None:
     home = VENVS / "vllm"
     subprocess.run([python, "-m", "venv", str(home)], check=True)
     pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "-q", *VLLM], check=True)
+    subprocess.run([*pip, "install", "-q", "--no-compile", *VLLM], check=True)
     subprocess.run([*pip, "uninstall", "-q", "-y", *VLLM_NOT], check=True)
 
 
@@ -113,9 +114,11 @@ def main() -> None:
     if unknown := set(arguments.what) - set(known):
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(known)}")
     failed = []
-    for what in arguments.what:
+    with ThreadPoolExecutor() as pool:
+        running = {what: pool.submit(install, what, arguments.python) for what in arguments.what}
+    for what, task in running.items():
         try:
-            install(what, arguments.python)
+            task.result()
         except (OSError, subprocess.CalledProcessError) as error:
             failed.append(f"{what} cannot be installed ({error}); the tests that need it are skipped")
     if failed:

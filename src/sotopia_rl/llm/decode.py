@@ -48,11 +48,13 @@ class Row:
     constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
+    stop_token: int | None = None
+    """What ended it, where a stop token did."""
 
     def take(self, token: int, stop_tokens: Collection[int]) -> None:
         """Add a token and see whether the reply is over; a stop token is not part of the reply."""
         if token in stop_tokens:
-            self.finish = "stop"
+            self.finish, self.stop_token = "stop", token
             return
         self.tokens.append(token)
         if self.constraint is not None and self.constraint.accept(token):

@@ -1,8 +1,9 @@
 """The first pass over the prompts of a batch, which with small models and short replies is most of the work.
 
-Two things make it cheap. Prompts are read in chunks of like length, so that little padding is computed. And the keys
-and values of recent prompts are kept: a conversation's next prompt repeats all of the last one but its final lines,
-so only what is new is read. Reading in parts changes nothing but the last bits of a float.
+Three things make it cheap. Equal prompts are read once. Prompts are read in chunks of like length, so that little
+padding is computed. And the keys and values of recent prompts are kept: a conversation's next prompt repeats all of
+the last one but its final lines, so only what is new is read. Reading in parts changes nothing but the last bits of a
+float.
 
 Axis letters: B rows, T tokens, H key-value heads, D head size, K twice the number of layers (keys and values of each).
 """
@@ -123,21 +124,26 @@ def prefill(
     Returns:
         Logits [B, V] of each row's next token, and a left-padded cache whose rows end together.
     """
-    known = [store.find(owner, prompt) for prompt in prompts]
-    new = [len(prompt) - _length(states) for prompt, states in zip(prompts, known, strict=True)]
-    longest = max(map(len, prompts))
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(tuple(prompt), []).append(row)
+    distinct = list(rows_of)
+    known = [store.find(owner, prompt) for prompt in distinct]
+    new = [len(prompt) - _length(states) for prompt, states in zip(distinct, known, strict=True)]
+    longest = max(map(len, distinct))
     logits: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     whole: torch.Tensor | None = None
     for chunk in _chunks(new):
-        logits_CV, states = _read_chunk(model, [prompts[i] for i in chunk], [known[i] for i in chunk])
+        logits_CV, states = _read_chunk(model, [distinct[i] for i in chunk], [known[i] for i in chunk])
         for place, i in enumerate(chunk):
-            row_KHTD = states[place]
-            store.keep(owner, prompts[i], row_KHTD)
+            prompt_KHTD = states[place]
+            store.keep(owner, distinct[i], prompt_KHTD)
             if whole is None:
-                layers2, heads, _, size = row_KHTD.shape
-                whole = row_KHTD.new_zeros(layers2, len(prompts), heads, longest + room, size)
-            whole[:, i, :, longest - len(prompts[i]) : longest] = row_KHTD
-            logits[i] = logits_CV[place]
+                layers2, heads, _, size = prompt_KHTD.shape
+                whole = prompt_KHTD.new_zeros(layers2, len(prompts), heads, longest + room, size)
+            for row in rows_of[distinct[i]]:
+                whole[:, row, :, longest - len(distinct[i]) : longest] = prompt_KHTD
+                logits[row] = logits_CV[place]
     assert whole is not None, "no prompts"
     cache = DynamicCache(config=model.config)
     cache.layers = [_Slots(whole[k], whole[k + 1], longest) for k in range(0, len(whole), 2)]

@@ -13,19 +13,18 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.llm.folders import quiet_loading
-from sotopia_rl.llm.prefill import can_prefill
 from sotopia_rl.models import Message
 from sotopia_rl.serve.scoring import ChatEncoder, Encoded, Scores
 from sotopia_rl.serve.vllm_command import reward_outputs
 from sotopia_rl.train.adapters import check_base
-from sotopia_rl.train.batches import padded_inputs
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import read_json
 from sotopia_rl.train.loading import load_base, load_tokenizer
+from sotopia_rl.train.prompt_once import last_states
 from sotopia_rl.train.reward_model import load_classifier
 
 
@@ -49,31 +48,15 @@ class LocalRewardModel:
         return [scores[pair] for pair in pairs]
 
     def _score(self, pairs: Sequence[Encoded]) -> torch.Tensor:
-        """[B, D] scores. A prompt is read once, and its keys and values serve all of its replies.
-
-        Both are padded at their right ends. What pads a prompt is masked out when the replies are read, and
-        positions are given, so that it is nothing to the model.
-        """
-        prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in pairs))}
-        read = self._to_device(padded_inputs(list(prompts), 0))
-        decoder = self.model.base_model
-        cache = decoder(**read, past_key_values=DynamicCache(config=self.model.config), use_cache=True).past_key_values
-        owner_B = torch.tensor([prompts[prompt] for prompt, _ in pairs], device=self.model.device)
-        cache.batch_select_indices(owner_B)
-        replies = self._to_device(padded_inputs([reply for _, reply in pairs], 0))
-        mask_BT = torch.cat([read["attention_mask"][owner_B], replies["attention_mask"]], dim=1)
-        start_B1 = read["attention_mask"].sum(-1, keepdim=True)[owner_B]
-        position_BT = start_B1 + torch.arange(replies["input_ids"].shape[1], device=self.model.device)
-        hidden_BTH = decoder(
-            replies["input_ids"], attention_mask=mask_BT, position_ids=position_BT, past_key_values=cache
-        ).last_hidden_state
-        last_B = replies["attention_mask"].sum(-1) - 1
-        last_BH = hidden_BTH[torch.arange(len(pairs), device=last_B.device), last_B]
+        """[B, D] scores; a prompt is read once for all of its replies."""
+        last_BH = last_states(
+            lambda **inputs: self.model.base_model(**inputs).last_hidden_state,
+            pairs,
+            config=self.model.config,
+            device=self.model.device,
+        )
         scores_BD: torch.Tensor = self.model.score(last_BH).float()
         return scores_BD
-
-    def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
 
 def _parts(pairs: Sequence[Encoded], max_tokens: int) -> Iterator[list[Encoded]]:
@@ -109,7 +92,7 @@ def load_reward_model(
 
     Raises:
         DataError: A folder is missing or holds something else.
-        ConfigError: Its layers are not plain attention, the base is unknown, or there is no GPU where one is asked for.
+        ConfigError: Its base is unknown, or there is no GPU where one is asked for.
         TrainingError: The adapter belongs to another base.
     """
     settings = TrainerSettings(device=device, dtype=dtype)
@@ -120,8 +103,6 @@ def load_reward_model(
             model, tokenizer = _load_adapter(path, base or adapter_base(path), settings)
         else:
             model, tokenizer = _load_whole(path, settings)
-    if not can_prefill(model.config):
-        raise ConfigError(f"{path}: its layers are not plain attention; serve it with vLLM (serve vllm --task reward)")
     context = getattr(model.config, "max_position_embeddings", None) or max_length
     return LocalRewardModel(
         model=model,

@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import DataError, TrainingError
-from sotopia_rl.train.batches import padded_inputs
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import fingerprint, read_json, write_json
 from sotopia_rl.train.loading import load_base
 from sotopia_rl.train.processes import is_main, weights_are_divided
+from sotopia_rl.train.prompt_once import Pair, last_states
 
 POLICY, REFERENCE, REWARD = "default", "ref", "reward"
 BASE_NOTE = "base.json"
@@ -135,7 +135,7 @@ class RewardScorer:
     ours takes the last hidden states on the way.
     """
 
-    def __init__(self, model: PeftModel, adapter: Path, pad_token_id: int, *, batch_size: int) -> None:
+    def __init__(self, model: PeftModel, adapter: Path, *, batch_size: int) -> None:
         """Add the adapter to `model`, frozen.
 
         Raises:
@@ -147,7 +147,6 @@ class RewardScorer:
         self.model = model
         self.head_DH = weights.pop(HEAD_KEY).float()
         self.outputs = output_names(adapter, len(self.head_DH))
-        self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         config = LoraConfig.from_pretrained(str(adapter))
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
@@ -158,29 +157,37 @@ class RewardScorer:
                 parameter.requires_grad_(False)
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[B, D] scores of token id sequences, read at each one's last token; equal ones are scored once."""
-        distinct = sorted({tuple(sequence) for sequence in sequences}, key=lambda ids: (len(ids), ids))
-        scores: dict[tuple[int, ...], torch.Tensor] = {}
-        with only_adapter(self.model, REWARD):
-            for start in range(0, len(distinct), self.batch_size):
-                part = distinct[start : start + self.batch_size]
-                scores.update(zip(part, self._score(part).cpu(), strict=True))
-        return torch.stack([scores[tuple(sequence)] for sequence in sequences])
+    def score(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """[B, D] scores of token ids of prompt and reply, read at each reply's last token.
 
-    def _score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        batch = padded_inputs(sequences, self.pad_token_id)
+        The number of passes goes by the number of pairs alone, never by which of them are equal: where the weights
+        are divided among processes, each pass is a conversation between all of them.
+        """
+        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), *map(tuple, pairs[i])))
+        scores: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
+        with only_adapter(self.model, REWARD):
+            for start in range(0, len(order), self.batch_size):
+                part = order[start : start + self.batch_size]
+                for place, found_D in zip(part, self._score([pairs[i] for i in part]).cpu(), strict=True):
+                    scores[place] = found_D
+        return torch.stack(scores)
+
+    def _score(self, pairs: Sequence[Pair]) -> torch.Tensor:
         seen: list[torch.Tensor] = []
+
+        def read(**inputs: Any) -> torch.Tensor:
+            self.model(**inputs, logits_to_keep=1)
+            return seen.pop()
+
         decoder = self.model.get_base_model().base_model
         hook = decoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
         try:
-            inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            self.model(**inputs, logits_to_keep=1, use_cache=False)
+            # where there is no reply at all, its last token is the prompt's
+            whole = [(prompt, reply) if reply else (prompt[:-1], prompt[-1:]) for prompt, reply in pairs]
+            last_BH = last_states(read, whole, config=self.model.config, device=self.model.device)
         finally:
             hook.remove()
-        last_B = torch.tensor([len(sequence) - 1 for sequence in sequences], device=seen[0].device)
-        hidden_BH = seen[0][torch.arange(len(sequences), device=last_B.device), last_B]
-        scores_BD: torch.Tensor = hidden_BH.float() @ self.head_DH.T.to(hidden_BH.device)
+        scores_BD: torch.Tensor = last_BH.float() @ self.head_DH.T.to(last_BH.device)
         return scores_BD
 
 

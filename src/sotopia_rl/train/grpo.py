@@ -120,7 +120,7 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         set_seed(settings.seed)
         model = load_policy(base, sft_adapter, tokenizer, settings)
         reward = UtteranceReward(
-            scorer=RewardScorer(model, reward_adapter, tokenizer.pad_token_id, batch_size=settings.batch_size),
+            scorer=RewardScorer(model, reward_adapter, batch_size=settings.batch_size),
             is_valid=is_action,
             settings=settings,
             eos_token_id=tokenizer.eos_token_id,

@@ -1,10 +1,10 @@
-"""Where GRPO's completions come from when not from the trainer's own `generate`: vLLM, beside it or in its process.
+"""Where GRPO's completions come from: the model itself, or vLLM, beside the trainer or in its process.
 
 Servers get the policy's adapter, not merged weights: a folder that appears by one rename, loaded by HTTP under a name
 that holds the step and a hash of the weights. A name therefore never means two policies: not after a resume, not when
 two runs share a server, and not in vLLM's prefix cache, which goes by name and path.
 
-The trainer treats both alike: `sync_weights`, then `generate` (TRL's own seam, see `trl_grpo.py`).
+The trainer treats both kinds of vLLM alike: `sync_weights`, then `generate` (TRL's own seam, see `trl_grpo.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -30,6 +31,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from sotopia_rl.errors import ConfigError, MissingExtraError, RolloutError
+from sotopia_rl.llm.decode import Row, decode
+from sotopia_rl.llm.prefill import PrefixStore
 from sotopia_rl.train.adapters import POLICY, whole_state
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.folder import RunFolder, read_json
@@ -319,6 +322,37 @@ class ColocatedRollouts:
         found = self.inner.generate(**given)
         self.report("rollout_seconds", time.monotonic() - start)
         return found
+
+
+def sample_here(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_tokens: Collection[int],
+    max_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """Token ids of one completion per prompt, each with the stop token that ended it, sampled by the model itself.
+
+    By the loop that also plays matches (`llm/decode.py`): a prompt that stands there several times is read once,
+    finished rows leave the batch, and nothing of a model's own generation settings (Qwen's top-k, say) comes in
+    between. The random streams come from torch's global generator, whose state is kept in checkpoints.
+
+    Args:
+        model: A causal LM whose layers are plain attention.
+    """
+    seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
+    rows = [
+        Row(prompt, max_tokens, temperature, top_p=1.0, stream=random.Random(seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        decode(model, rows, pad_token=0, stop_tokens=stop_tokens, done=lambda _: None, store=PrefixStore(0))
+    finally:
+        model.train(training)
+    return [row.tokens + ([] if row.stop_token is None else [row.stop_token]) for row in rows]
 
 
 def _adapted(model: PeftModel) -> list[torch.Tensor]:

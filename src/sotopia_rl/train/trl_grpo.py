@@ -7,7 +7,9 @@ What is relied on beyond TRL's documented interface (1.16):
 - the reward functions are called in order, each with the whole batch, and their values are weighted and added up,
   before or after each is normalised within its group;
 - `log_metric` averages what it is given into the next line of the log;
-- completions come from `vllm_generation`, by `sync_weights()` once per step and `generate(prompts, images,
+- without vLLM, completions come from `_generate_single_turn(prompt_ids, ...)`, one per prompt, end token included,
+  with no log-probabilities beside them;
+- with it, they come from `vllm_generation`, by `sync_weights()` once per step and `generate(prompts, images,
   num_generations, profiler)`, where `use_vllm` is true, and the loss is then corrected by the importance ratio.
 """
 
@@ -23,13 +25,20 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from sotopia_rl.errors import ConfigError, RolloutError
+from sotopia_rl.llm.prefill import can_prefill
 from sotopia_rl.train.adapters import REFERENCE
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.data import Encoded
 from sotopia_rl.train.folder import RunFolder
 from sotopia_rl.train.loading import trainer_arguments
-from sotopia_rl.train.processes import count
-from sotopia_rl.train.rollout import ColocatedRollouts, PublishedPolicies, ServerRollouts, rollout_arguments
+from sotopia_rl.train.processes import count, weights_are_divided
+from sotopia_rl.train.rollout import (
+    ColocatedRollouts,
+    PublishedPolicies,
+    ServerRollouts,
+    rollout_arguments,
+    sample_here,
+)
 from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
 from sotopia_rl.train.vllm_servers import VLLMServers
 
@@ -74,6 +83,9 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
 
     use_vllm: bool
     vllm_generation: Any
+    eos_token_ids: Any
+    max_completion_length: int
+    temperature: float
     control: Any
 
     def __init__(
@@ -101,6 +113,20 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
             report=self.report,
         )
         self.use_vllm, self.vllm_mode, self._last_loaded_step = True, "server", -1
+
+    def _generate_single_turn(self, prompt_ids: Any, *others: Any, **named: Any) -> tuple[list[list[int]], Any]:
+        """As TRL's; but where the model samples for itself, whole and of a plain kind, its prompts are read once."""
+        if self.use_vllm or weights_are_divided() or not can_prefill(self.model.config):
+            found: tuple[list[list[int]], Any] = super()._generate_single_turn(prompt_ids, *others, **named)
+            return found
+        sampled = sample_here(
+            self.model,
+            prompt_ids,
+            stop_tokens=set(self.eos_token_ids),
+            max_tokens=self.max_completion_length,
+            temperature=self.temperature,
+        )
+        return sampled, None
 
     def report(self, name: str, value: float) -> None:
         """Add a value to the present step's line of the log."""

@@ -60,8 +60,7 @@ class UtteranceReward:
         texts = [completion[0]["content"] for completion in completions]
         ended = [bool(ids) and ids[-1] == self.eos_token_id for ids in completion_ids]
         valid = [whole and self.is_valid(text) for whole, text in zip(ended, texts, strict=True)]
-        sequences = [[*prompt, *ids] for prompt, ids in zip(prompts, completion_ids, strict=True)]
-        scores_BD = self.scorer.score(sequences)
+        scores_BD = self.scorer.score(list(zip(prompts, completion_ids, strict=True)))
         if not torch.isfinite(scores_BD).all():
             raise TrainingError("the reward model gives no numbers (NaN); its weights or the base are broken")
         log_metric("validity", sum(valid) / len(valid))

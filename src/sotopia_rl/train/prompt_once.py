@@ -1,0 +1,64 @@
+"""One pass over a prompt for all of its replies: what a reward model reads is mostly prompt.
+
+Letters: B replies, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from sotopia_rl.llm.prefill import can_prefill
+from sotopia_rl.train.batches import padded_inputs
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of a reply to it."""
+
+
+def last_states(
+    read: Callable[..., torch.Tensor], pairs: Sequence[Pair], *, config: Any, device: torch.device
+) -> torch.Tensor:
+    """[B, H] hidden states of a decoder at each reply's last token.
+
+    Each distinct prompt is read once, and its keys and values serve all of its replies: two passes, however many
+    prompts there are. Both parts are padded at their right ends; what pads a prompt is masked out when the replies
+    are read, and positions are given, so that it is nothing to the model. A decoder whose layers are not plain
+    attention reads prompt and reply in one.
+
+    Args:
+        read: The decoder: from its keyword arguments to its last layer's states [B, T, H].
+        pairs: No prompt and no reply may be empty.
+        config: The decoder's.
+    """
+    if not can_prefill(config):
+        whole = [[*prompt, *reply] for prompt, reply in pairs]
+        return _at_the_end(read(**_padded(whole, device), use_cache=False), whole)
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(tuple(prompt) for prompt, _ in pairs))}
+    cache = DynamicCache(config=config)
+    given = _padded(list(prompts), device)
+    read(**given, past_key_values=cache, use_cache=True)
+    owner_B = torch.tensor([prompts[tuple(prompt)] for prompt, _ in pairs], device=device)
+    cache.batch_select_indices(owner_B)
+    replies = [reply for _, reply in pairs]
+    added = _padded(replies, device)
+    start_B1 = given["attention_mask"].sum(-1, keepdim=True)[owner_B]
+    states_BTH = read(
+        input_ids=added["input_ids"],
+        attention_mask=torch.cat([given["attention_mask"][owner_B], added["attention_mask"]], dim=1),
+        position_ids=start_B1 + torch.arange(added["input_ids"].shape[1], device=device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return _at_the_end(states_BTH, replies)
+
+
+def _at_the_end(states_BTH: torch.Tensor, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    last_B = torch.tensor([len(row) - 1 for row in rows], device=states_BTH.device)
+    return states_BTH[torch.arange(len(rows), device=states_BTH.device), last_B]
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in padded_inputs(rows, 0).items()}  # masked out, so any token does
