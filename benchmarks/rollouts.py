@@ -5,7 +5,8 @@
 
 All sample from the same random LoRA adapter: transformers' generate, all completions in one batch, as TRL does it; the
 trainer here, which reads each prompt once; the server by our client, prompts as token ids, the adapter loaded before.
-Each engine samples a few tokens first to warm up. vLLM is looked for in .venvs/vllm (`make oracles ORACLES=vllm`), or where --python says.
+Each engine samples a few tokens first to warm up. vLLM is looked for in .venvs/vllm (`make oracles ORACLES=vllm`), or
+where --python says.
 """
 
 from __future__ import annotations
@@ -125,6 +126,44 @@ def line(name: str, measure: Callable[[], tuple[int, float]], note: str = "") ->
     return tokens / seconds
 
 
+def by_server(chosen: argparse.Namespace, base: Path, adapter: Path, rows: list[list[int]], scratch: Path) -> float:
+    """Tokens/s of a server with the adapter, which is published and loaded as in training."""
+    on_gpu, tokenizer = torch.cuda.is_available(), load_tokenizer(base)
+    longest = max(len(row) for row in rows)
+    settings = VLLMSettings(
+        python=chosen.python,
+        port=0,
+        dtype="auto" if on_gpu else "float32",
+        max_model_len=longest + chosen.max_tokens,
+        max_loras=2,
+        enforce_eager=not chosen.compile,
+        cpu_cache_gigabytes=None if on_gpu else 4,
+        logprobs="processed",
+    )
+    start = time.perf_counter()
+    with VLLMServer(base, {}, settings, log=scratch / "vllm.log") as server:
+        started = time.perf_counter() - start
+        client = VLLMServers(
+            (server.url,),
+            tokenizer.eos_token_id,
+            vocabulary=int(read_json(base / "config.json")["vocab_size"]),
+            max_tokens=chosen.max_tokens,
+            temperature=1.0,
+            timeout_seconds=3600.0,
+        )
+        published = PublishedPolicies(scratch / "served", "bench-")
+        start = time.perf_counter()
+        version = published.publish("000000", lambda folder: shutil.move(adapter, folder))
+        client.load(version)
+        loaded = time.perf_counter() - start
+        served(client, version, rows[:1], 1)
+        note = f"start {started:.0f} s, adapter published and loaded in {loaded:.2f} s"
+        theirs = line("vLLM server", lambda: served(client, version, rows, chosen.completions), note)
+        plain = Version(base_name(base, settings), base)
+        line("vLLM server, no adapter", lambda: served(client, plain, rows, chosen.completions), "for comparison")
+    return theirs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2")
@@ -157,44 +196,14 @@ def main() -> None:
         gc.collect()
         if chosen.only in {None, "in_process"}:
             ours = line("in process", lambda: in_process(base, adapter, sequences, chosen.max_tokens))
-        if plainly and ours:
-            print(f"\nin process against transformers' generate: {ours / plainly:.2f}\n")
         if chosen.only in {"generate", "in_process"}:
             return
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-        settings = VLLMSettings(
-            python=chosen.python,
-            port=0,
-            dtype="auto" if on_gpu else "float32",
-            max_model_len=max(lengths) + chosen.max_tokens,
-            max_loras=2,
-            enforce_eager=not chosen.compile,
-            cpu_cache_gigabytes=None if on_gpu else 4,
-            logprobs="processed",
-        )
-        start = time.perf_counter()
-        with VLLMServer(base, {}, settings, log=Path(scratch) / "vllm.log") as server:
-            started = time.perf_counter() - start
-            client = VLLMServers(
-                (server.url,),
-                tokenizer.eos_token_id,
-                vocabulary=int(read_json(base / "config.json")["vocab_size"]),
-                max_tokens=chosen.max_tokens,
-                temperature=1.0,
-                timeout_seconds=3600.0,
-            )
-            published = PublishedPolicies(Path(scratch) / "served", "bench-")
-            start = time.perf_counter()
-            version = published.publish("000000", lambda folder: shutil.move(adapter, folder))
-            client.load(version)
-            loaded = time.perf_counter() - start
-            served(client, version, rows[:1], 1)
-            note = f"start {started:.0f} s, adapter published and loaded in {loaded:.2f} s"
-            theirs = line("vLLM server", lambda: served(client, version, rows, chosen.completions), note)
-            plain = Version(base_name(base, settings), base)
-            line("vLLM server, no adapter", lambda: served(client, plain, rows, chosen.completions), "for comparison")
+        theirs = by_server(chosen, base, adapter, rows, Path(scratch))
+    if plainly and ours:
+        print(f"\nin process against transformers' generate: {ours / plainly:.2f}")
     if ours:
         print(f"\nvLLM against in process: {theirs / ours:.2f}")
 

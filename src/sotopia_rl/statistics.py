@@ -99,7 +99,7 @@ def regression_coefficient(y: Floats, design: Floats, clusters: Sequence[str], *
         raise ValueError(f"{len(y)} outcomes, {len(design)} rows of regressors, {len(clusters)} clusters")
     index = cluster_index(clusters)
     num_clusters = int(index.max()) + 1
-    bread = np.linalg.pinv(design.T @ design)
+    bread: Floats = np.asarray(np.linalg.pinv(design.T @ design), dtype=np.float64)
     beta = bread @ design.T @ y
     residual = y - design @ beta
     if num_clusters < 2:
