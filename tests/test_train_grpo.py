@@ -1,19 +1,24 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import load_peft_weights
 from safetensors.torch import load_file
+from trl import GRPOTrainer
 
-from sotopia_rl.dataset import PromptRow
+from sotopia_rl.dataset import PromptRow, read_rows
 from sotopia_rl.errors import GateError, TrainingError
 from sotopia_rl.train.adapters import RewardScorer, load_policy
+from sotopia_rl.train.batches import padded
 from sotopia_rl.train.config import GRPOSettings
-from sotopia_rl.train.folder import read_metrics
+from sotopia_rl.train.data import encode_rows
+from sotopia_rl.train.folder import claim, read_metrics
 from sotopia_rl.train.grpo import Policy, is_action, train_grpo
 from sotopia_rl.train.loading import load_tokenizer
 from sotopia_rl.train.rollout import sample_here
+from sotopia_rl.train.trl_grpo import make_trainer
 from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
 from training_settings import GRPO
 
@@ -57,6 +62,40 @@ def test_equal_prompts_get_samples_of_their_own_and_torchs_seed_decides(base: Pa
     for ids in found:  # whole with the stop token that ended it, or as long as may be
         assert not {3, 4, 5} & set(ids[:-1])
         assert ids[-1] in {3, 4, 5} or len(ids) == 12
+
+
+@pytest.mark.parametrize("rows_of", [[0, 0, 1, 0, 2, 2], [0, 1, 2]])
+def test_prompts_read_once_give_trls_log_probabilities_and_gradients(
+    base: Path, sft_adapter: Path, reward_adapter: Path, rows: Path, tmp_path: Path, rows_of: list[int]
+) -> None:
+    tokenizer = load_tokenizer(base)
+    model = load_policy(base, sft_adapter, tokenizer, GRPO)
+    reward = UtteranceReward(RewardScorer(model, reward_adapter, batch_size=4), is_action, GRPO, tokenizer.eos_token_id)
+    encoded = encode_rows(tokenizer, list(read_rows(PromptRow, rows))[:4], max_length=512)
+    trainer = make_trainer(
+        model, tokenizer, reward, GRPO, claim(tmp_path, "grpo", GRPO, {}, resume=False), prompts=encoded
+    )
+    prompts = [[5, 6, 7, 8, 9], [11, 12], [21, 22, 23]]
+    completions = [[31, 32, 33], [34], [35, 36], [31, 32, 33], [37, 38, 39], [40]][: len(rows_of)]
+    inputs = tokenizer.pad({"input_ids": [prompts[row] for row in rows_of]}, padding_side="left", return_tensors="pt")
+    ids = torch.cat([inputs["input_ids"], padded(completions, tokenizer.pad_token_id)], dim=1)
+    mask = torch.cat([inputs["attention_mask"], padded([[1] * len(c) for c in completions], 0)], dim=1)
+
+    def weighed(method: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        logps, entropy, _ = method(trainer, model, ids, mask, 3, batch_size=4, compute_entropy=True)
+        inside = mask[:, -3:].bool()
+        (logps[inside].sum() + entropy[inside].sum()).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return logps[inside].detach(), entropy[inside].detach(), grads
+
+    ours = weighed(type(trainer)._get_per_token_logps_and_entropies)
+    theirs = weighed(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert torch.allclose(ours[0], theirs[0], atol=1e-5)
+    assert torch.allclose(ours[1], theirs[1], atol=1e-5)
+    assert len(ours[2]) == len(theirs[2]) > 0
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours[2], theirs[2], strict=True))
+    assert max(grad.abs().max() for grad in ours[2]) > 1e-3
 
 
 def comparable(path: Path) -> list[dict[str, object]]:

@@ -156,6 +156,22 @@ def test_without_vllm_completions_come_from_one_call(seen: dict[str, Any]) -> No
     assert "= self._generate_single_turn(" in source, TRL_CHANGED + "_generate calls _generate_single_turn"
 
 
+def test_one_method_weighs_what_was_sampled_for_policy_and_reference() -> None:
+    signature = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    wanted = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"]
+    assert list(signature)[: len(wanted)] == wanted, TRL_CHANGED + "_get_per_token_logps_and_entropies"
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    for piece in (
+        "labels=labels, fused_lm_head=True",
+        "outputs.log_probs[:, -logits_to_keep:]",
+        "return logps, entropies",
+    ):
+        assert piece in source, TRL_CHANGED + f"{piece!r} in _get_per_token_logps_and_entropies"
+    for caller, calls in ((GRPOTrainer._compute_loss, 1), (GRPOTrainer._generate_and_score_completions, 3)):
+        found = inspect.getsource(caller).count("self._get_per_token_logps_and_entropies(")
+        assert found == calls, TRL_CHANGED + f"{caller.__name__} calls _get_per_token_logps_and_entropies"
+
+
 def test_completions_come_from_vllm_generation_where_use_vllm_is_true() -> None:
     source = inspect.getsource(GRPOTrainer._generate_single_turn)
     for piece in (

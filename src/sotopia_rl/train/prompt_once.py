@@ -1,6 +1,8 @@
-"""One pass over a prompt for all of its replies: what a reward model reads is mostly prompt.
+"""One pass over a prompt for all of its replies: most of what reward model, reference and policy read is prompt.
 
-Letters: B replies, T tokens, H hidden size.
+The eight or sixteen completions that GRPO samples for a prompt of a few hundred tokens have ten or a hundred each.
+
+Letters: B replies, T tokens, C tokens of a completion, H hidden size.
 """
 
 from __future__ import annotations
@@ -53,6 +55,49 @@ def last_states(
         use_cache=True,
     )
     return _at_the_end(states_BTH, replies)
+
+
+def completion_logprobs(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor, length: int, config: Any) -> Any:
+    """Log-probabilities of completions, each distinct prompt read once; gradients flow through both parts.
+
+    Args:
+        model: A causal LM with TRL's fused head, as `GRPOTrainer` makes it, maybe wrapped by PEFT and DDP. Its layers
+            must be plain attention, and gradient checkpointing, which lets no cache through, must be off.
+        ids_BT: Prompts, padded on the left and of two tokens at least, and completions, padded on the right.
+        mask_BT: 0 where padding stands.
+        length: C, of the longest completion.
+
+    Returns:
+        TRL's output, with `log_probs` [B, C] and, where the head makes it, `entropy` [B, C].
+    """
+    split = ids_BT.shape[1] - length - 1  # a prompt's last token is read with the replies: it foretells their first
+    marked = ids_BT.masked_fill(mask_BT == 0, -1)[:, :split]
+    prompts, owner_B = torch.unique(marked, dim=0, return_inverse=True)
+    given = (prompts >= 0).long()
+    cache = DynamicCache(config=config)
+    model(
+        input_ids=prompts.clamp(min=0),
+        attention_mask=given,
+        position_ids=_positions(given),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(owner_B)
+    labels = ids_BT.masked_fill(mask_BT == 0, -100)[:, split:]
+    labels[:, 0] = -100
+    return model(
+        input_ids=ids_BT[:, split:],
+        attention_mask=mask_BT,
+        position_ids=_positions(mask_BT)[:, split:],
+        past_key_values=cache,
+        labels=labels,
+        fused_lm_head=True,
+    )
+
+
+def _positions(mask_BT: torch.Tensor) -> torch.Tensor:
+    return (mask_BT.cumsum(-1) - 1).clamp(min=0)
 
 
 def _at_the_end(states_BTH: torch.Tensor, rows: Sequence[Sequence[int]]) -> torch.Tensor:

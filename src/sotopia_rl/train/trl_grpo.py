@@ -9,7 +9,9 @@ What is relied on beyond TRL's documented interface (1.16):
 - `log_metric` averages what it is given into the next line of the log;
 - without vLLM, completions come from `_generate_single_turn(prompt_ids, ...)`, one per prompt, end token included,
   with no log-probabilities beside them;
-- with it, they come from `vllm_generation`, by `sync_weights()` once per step and `generate(prompts, images,
+- what is sampled is weighed by `_get_per_token_logps_and_entropies`, for the policy, its past self and the reference,
+  through the model's head with `fused_lm_head`;
+- with vLLM, completions come from `vllm_generation`, by `sync_weights()` once per step and `generate(prompts, images,
   num_generations, profiler)`, where `use_vllm` is true, and the loss is then corrected by the importance ratio.
 """
 
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,7 @@ from sotopia_rl.train.data import Encoded
 from sotopia_rl.train.folder import RunFolder
 from sotopia_rl.train.loading import trainer_arguments
 from sotopia_rl.train.processes import count, weights_are_divided
+from sotopia_rl.train.prompt_once import completion_logprobs
 from sotopia_rl.train.rollout import (
     ColocatedRollouts,
     PublishedPolicies,
@@ -127,6 +131,43 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
             temperature=self.temperature,
         )
         return sampled, None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **pictures: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As TRL's, in the loss too, but a prompt is read once for all of its completions where the model allows it."""
+        checkpointing = torch.is_grad_enabled() and self.args.gradient_checkpointing
+        if checkpointing or compute_aux_loss or weights_are_divided() or not can_prefill(self.model.config):
+            found: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+            found = super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **pictures,
+            )
+            return found
+        outputs, size = [], batch_size or len(input_ids)
+        for start in range(0, len(input_ids), size):
+            part = slice(start, start + size)
+            with self.accelerator.autocast():
+                outputs.append(
+                    completion_logprobs(model, input_ids[part], attention_mask[part], logits_to_keep, self.model.config)
+                )
+        logps = torch.cat([output.log_probs for output in outputs])
+        return logps, torch.cat([output.entropy for output in outputs]) if compute_entropy else None, None
 
     def report(self, name: str, value: float) -> None:
         """Add a value to the present step's line of the log."""
