@@ -36,6 +36,18 @@ def reply(text: str | None, *, finish_reason: str | None = "stop", usage: Any = 
     return Answer(body=json.dumps({"choices": [choice], "usage": usage}).encode(), seconds=seconds)
 
 
+def choices(*found: Any) -> Answer:
+    """Several choices in one body: texts, None for one without, or a dict that takes the place of a choice."""
+    made = [
+        choice
+        if isinstance(choice, dict)
+        else {"index": index, "message": {"role": "assistant", "content": choice}, "finish_reason": "stop"}
+        for index, choice in enumerate(found)
+    ]
+    usage = {"prompt_tokens": 10, "completion_tokens": 5 * len(made), "total_tokens": 10 + 5 * len(made)}
+    return Answer(body=json.dumps({"choices": made, "usage": usage}).encode())
+
+
 def error(status: int, message: str, **headers: str) -> Answer:
     body = json.dumps({"error": {"message": message, "type": "some_error"}}).encode()
     return Answer(status, body, {name.replace("_", "-"): value for name, value in headers.items()})

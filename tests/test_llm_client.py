@@ -9,7 +9,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from faulty_server import FAULTS, Answer, FaultyServer, error, reply
+from faulty_server import FAULTS, Answer, FaultyServer, choices, error, reply
 from sotopia_rl.episode import Sampling
 from sotopia_rl.errors import BudgetError, ConfigError, EndpointDownError, ModelCallError
 from sotopia_rl.llm.endpoint import key_variable
@@ -420,3 +420,57 @@ def test_a_cancelled_call_closes_its_connection_and_frees_its_place():
 
         assert asyncio.run(run()).text == "fine"
     gc.collect()  # a connection left open would warn here
+
+
+def many(server, n, *, limits=QUICK, calls=1):
+    """What calls for n replies gave, one after the other; the model's tally; what was spent."""
+
+    async def run():
+        async with ModelPool(limits) as pool:
+            model = pool.get(f"custom/any@{server.url}")
+            found = [await model.complete_many(ASKED, SAMPLING, n, seed=7) for _ in range(calls)]
+            return found, model, pool.budget.spent_usd
+
+    return asyncio.run(run())
+
+
+def test_many_replies_come_from_one_call_whose_usage_the_first_carries():
+    with FaultyServer([choices("a", "b", "c")]) as server:
+        (replies,), model, _ = many(server, 3)
+    assert [reply.text for reply in replies] == ["a", "b", "c"]
+    assert [(reply.usage.calls, reply.usage.prompt_tokens) for reply in replies] == [(1, 10), (0, 0), (0, 0)]
+    assert (model.tally.calls, model.tally.completion_tokens) == (1, 15)
+    assert (server.bodies[0]["n"], server.bodies[0]["seed"]) == (3, 7)
+    assert model.gives_many
+
+
+def test_a_server_that_ignores_n_is_known_from_then_on():
+    with FaultyServer([reply("a")]) as server:
+        (replies,), model, _ = many(server, 3)
+    assert [reply.text for reply in replies] == ["a"]
+    assert not model.gives_many
+
+
+def test_a_choice_that_is_no_reply_is_left_out_and_says_nothing_about_n():
+    with FaultyServer([choices(None, "b")]) as server:
+        (replies,), model, _ = many(server, 2)
+    assert [(reply.text, reply.usage.calls) for reply in replies] == [("b", 1)]
+    assert model.gives_many
+
+
+def test_a_call_for_many_replies_may_cost_as_much_as_all_of_them():
+    # 50 tokens of reply at 0.001 USD may come three times; 10 of prompt and 15 of reply do
+    prices = {"custom/*": (1000.0, 1000.0)}
+    with FaultyServer([choices("a", "b", "c")]) as server:
+        _, _, spent = many(server, 3, limits=ModelLimits(max_spend_usd=0.3, prices=prices))
+        assert spent == pytest.approx(0.025)
+        with pytest.raises(BudgetError):
+            many(server, 6, limits=ModelLimits(max_spend_usd=0.3, prices=prices))
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(("n", "hint"), [(1, False), (2, True)])
+def test_a_refused_request_for_many_replies_says_what_to_do(n, hint):
+    with FaultyServer(["400"]) as server, pytest.raises(ModelCallError) as caught:
+        many(server, n)
+    assert ("--no-share-prompt" in str(caught.value)) == hint

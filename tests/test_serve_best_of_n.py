@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faulty_server import FAULTS, Answer, FaultyServer, error, reply
+from faulty_server import FAULTS, Answer, FaultyServer, choices, error, reply
 from running_servers import BestOfNServer, ByLength
 from sotopia_rl import sandbox
 from sotopia_rl.episode import Action, AgentSpec
@@ -417,7 +417,8 @@ def test_requests_under_way_are_finished_before_the_server_ends():
 
 
 def test_the_work_of_a_client_that_leaves_is_dropped():
-    with policy_of(reply(speak("a"), seconds=20)) as policy, served(policy, candidates=2) as server:
+    slow = reply(speak("a"), seconds=20)
+    with policy_of(slow) as policy, served(policy, candidates=2, share_prompt=False) as server:
         thread = threading.Thread(target=lambda: server.send_and_leave(CHAT, ASK, lambda: len(policy.bodies) == 2))
         thread.start()
         thread.join()
@@ -482,3 +483,113 @@ def test_error_bodies_of_the_policy_do_not_become_utterances():
     assert status == 502
     assert text in body["error"]["message"]
     assert "choices" not in body
+
+
+def shared(*script, candidates, request=ASK, requests=1, **options):
+    """As `ask`, and the bodies that the policy got."""
+    with policy_of(*script) as policy, served(policy, candidates=candidates, **options) as server:
+        for _ in range(requests):
+            status, body, _ = server.post(CHAT, request)
+        return status, body, policy.bodies
+
+
+DETAILS = ASK | {"return_scores": True, "seed": 5}
+CUT_OFF = {"message": {"role": "assistant", "content": speak("")}, "finish_reason": "length"}
+
+
+def test_all_candidates_come_from_one_call_and_its_usage_is_counted_once():
+    status, body, calls = shared(choices(speak("aaa"), speak("a"), speak("aa")), candidates=3, request=DETAILS)
+    assert status == 200
+    assert text_of(body) == speak("a")
+    assert body["best_of_n"]["candidates"] == 3
+    assert body["usage"] == {"prompt_tokens": 10, "completion_tokens": 15, "total_tokens": 25}
+    assert [(call["n"], call["seed"]) for call in calls] == [(3, candidate_seed(5, 0))]
+
+
+def test_the_same_seed_sends_the_policy_the_same_request():
+    _, _, calls = shared(choices(speak("a"), speak("b")), candidates=2, request=DETAILS, requests=2)
+    assert calls[0] == calls[1]
+    _, _, calls = shared(choices(speak("a"), speak("b")), candidates=2)
+    assert "seed" not in calls[0]
+
+
+def test_choices_that_are_missing_are_asked_for_singly_and_counted_once():
+    script = (choices(speak("aaaa"), speak("aaa")), speak("aa"), speak("a"))
+    status, body, calls = shared(*script, candidates=4, request=DETAILS)
+    assert status == 200
+    assert sorted(r["text"] for r in body["best_of_n"]["replies"]) == sorted(speak("a" * k) for k in (1, 2, 3, 4))
+    assert body["usage"] == {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50}
+    assert [call.get("n") for call in calls] == [4, None, None]
+    assert {call["seed"] for call in calls[1:]} == {candidate_seed(5, 2), candidate_seed(5, 3)}
+
+
+def test_more_choices_than_asked_are_no_candidates():
+    _, body, _ = shared(choices(speak("aaa"), speak("aa"), speak("a")), candidates=2, request=DETAILS)
+    assert text_of(body) == speak("aa")
+    assert body["best_of_n"]["candidates"] == 2
+
+
+def test_a_policy_that_ignores_n_is_asked_singly_from_then_on(caplog):
+    _, body, calls = shared(speak("a"), candidates=3, request=DETAILS, requests=2)
+    assert body["best_of_n"]["candidates"] == 3
+    assert [call.get("n") for call in calls] == [3] + 5 * [None]
+    assert sorted(call["seed"] for call in calls) == sorted(2 * [candidate_seed(5, i) for i in range(3)])
+    assert [r.getMessage() for r in caplog.records if "takes no `n`" in r.getMessage()] != []
+
+
+def test_a_policy_that_refuses_n_is_an_error_that_names_the_flag_which_helps():
+    def strict(body):
+        return error(400, "Only one completion choice is allowed") if "n" in body else reply(speak("a"))
+
+    with FaultyServer([strict]) as policy, served(policy, candidates=3) as server:
+        status, body, _ = server.post(CHAT, ASK)
+    assert (status, body["error"]["code"]) == (502, "policy_refused")
+    assert "n=3" in body["error"]["message"]
+    assert "--no-share-prompt" in body["error"]["message"]
+    with FaultyServer([strict]) as policy, served(policy, candidates=3, share_prompt=False) as server:
+        assert server.post(CHAT, ASK)[0] == 200
+        assert len(policy.bodies) == 3
+
+
+def test_broken_choices_are_asked_for_again_and_invalid_ones_are_never_chosen():
+    script = (choices(speak("aaa"), None, CUT_OFF, "", {"index": 4}, "no JSON"), speak("aa"), speak("aaaa"))
+    status, body, calls = shared(*script, candidates=6, request=DETAILS)
+    assert status == 200
+    assert text_of(body) == speak("aa")
+    assert len(calls) == 3
+    details = body["best_of_n"]
+    assert (details["candidates"], details["valid"]) == (6, 3)
+    problems = {r["text"]: r["problem"] for r in details["replies"] if r["problem"]}
+    assert problems[speak("")] == "it was cut off at the token limit"
+    assert problems[""] == "it is empty"
+    assert "no JSON object" in problems["no JSON"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "code"),
+    [
+        ((choices(speak("a"), None), "null-content"), 502, "policy_refused"),
+        ((choices(speak("a"), None), "500"), 503, "policy_unavailable"),
+        ((choices(None, None),), 502, "policy_refused"),
+        ((choices("", CUT_OFF),), 502, "no_valid_candidate"),
+        (("500",), 503, "policy_unavailable"),
+        (("429",), 429, "policy_busy"),
+    ],
+)
+def test_a_shared_call_or_a_missing_choice_that_fails_fails_the_request(script, status, code):
+    found, body, _ = shared(*script, candidates=2)
+    assert (found, body["error"]["code"]) == (status, code)
+    assert "choices" not in body
+
+
+def test_a_shared_call_is_tried_again_like_any_other():
+    status, body, calls = shared("500", choices(speak("a"), speak("b")), candidates=2, policy_retries=1)
+    assert status == 200
+    assert body["usage"]["total_tokens"] == 20
+    assert [call["n"] for call in calls] == [2, 2]
+
+
+def test_without_a_shared_prompt_each_candidate_is_a_call_with_a_seed_of_its_own():
+    _, _, calls = shared(speak("a"), candidates=3, request=DETAILS, share_prompt=False)
+    assert sorted(call["seed"] for call in calls) == sorted(candidate_seed(5, i) for i in range(3))
+    assert not any("n" in call for call in calls)

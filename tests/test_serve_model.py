@@ -11,7 +11,7 @@ from sotopia_rl.episode import AgentSpec, Sampling
 from sotopia_rl.errors import ConfigError, EndpointDownError, ServingError
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool
-from sotopia_rl.models import Message
+from sotopia_rl.models import ManyRepliesModel, Message
 from sotopia_rl.simulate import Pairing, SimulateConfig, parse_action, play
 from tiny_llm import save_adapter, save_model
 
@@ -55,6 +55,19 @@ def test_base_and_adapters_share_a_server_that_ends_with_the_run(folders, stand_
     assert replies == [str(folders / "sft"), "base", str(folders / "grpo")]
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_many_replies_come_from_one_call(folders, stand_in):
+    async def run():
+        async with ModelPool(LIMITS) as pool:
+            model = pool.get(f"vllm/{folders / 'base'}")
+            assert isinstance(model, ManyRepliesModel)
+            replies = await model.complete_many([Message(role="user", content="Hello?")], Sampling(), 3)
+            return replies, model.tally.calls
+
+    replies, calls = asyncio.run(run())
+    assert [parse_action(reply.text).argument for reply in replies] == ["base"] * 3
+    assert calls == 1
 
 
 def test_an_adapter_plays_a_match_by_its_folder_alone(folders, stand_in):

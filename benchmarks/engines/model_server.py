@@ -2,9 +2,10 @@
 
     python model_server.py PORT_FILE [--delay SECONDS] [--port PORT] [--replies COUNT]
 
-Agents always speak, so that every episode takes its 20 turns; judges get valid scores in the form that they asked
-for. The bodies are made once; the protocol is read by hand, because a web framework would take more of the machine
-than the engines under test. `GET /calls` tells how many calls were answered since the last time it was asked.
+Agents always speak, so that every episode takes its 20 turns, and `n` gets so many actions, each the next of the list;
+judges get valid scores in the form that they asked for. The bodies are made once; the protocol is read by hand, because
+a web framework would take more of the machine than the engines under test. `GET /calls` tells how many calls were
+answered since the last time it was asked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from functools import partial
+import re
+from functools import cache, partial
 from pathlib import Path
 
 UTTERANCE = (
@@ -30,19 +32,19 @@ DIMENSIONS = (
 )
 
 
-def response(reply: object) -> bytes:
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": json.dumps(reply)},
-        "finish_reason": "stop",
-    }
+def response(*replies: object) -> bytes:
+    choices = [
+        {"index": index, "message": {"role": "assistant", "content": json.dumps(reply)}, "finish_reason": "stop"}
+        for index, reply in enumerate(replies)
+    ]
+    completion = 50 * len(choices)
     body = {
         "id": "chatcmpl-0",
         "object": "chat.completion",
         "created": 0,
         "model": "bench",
-        "choices": [choice],
-        "usage": {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050},
+        "choices": choices,
+        "usage": {"prompt_tokens": 1000, "completion_tokens": completion, "total_tokens": 1000 + completion},
     }
     return _http(json.dumps(body).encode())
 
@@ -55,7 +57,7 @@ def _http(body: bytes) -> bytes:
 REASON = "The agent keeps to its character, says why it wants what it wants, and listens."
 PAIRS = {name: [REASON, 0] for name in DIMENSIONS}
 OURS = {name: {"reasoning": REASON, "score": 0} for name in DIMENSIONS}
-ACTIONS = [response({"action_type": "speak", "argument": UTTERANCE})]
+ACTIONS = [{"action_type": "speak", "argument": UTTERANCE}]
 """Given in turn."""
 # By a word that only that judge's prompt holds; ours is what is left.
 JUDGES = {
@@ -65,13 +67,24 @@ JUDGES = {
 }
 
 
-def different_action(number: int) -> bytes:
+def different_action(number: int) -> dict[str, str]:
     """An action whose utterance no other number has."""
-    return response({"action_type": "speak", "argument": f"{UTTERANCE} Say {number}?"})
+    return {"action_type": "speak", "argument": f"{UTTERANCE} Say {number}?"}
+
+
+@cache
+def actions(first: int, count: int) -> bytes:
+    """The response that holds so many actions of the list, the first one again after the last."""
+    return response(*(ACTIONS[(first + index) % len(ACTIONS)] for index in range(count)))
+
+
+_N = re.compile(rb'"n": ?(\d+)')  # in a text its quotation marks have backslashes
 
 
 class Connection(asyncio.Protocol):
     calls = 0
+    given = 0
+    """Actions."""
 
     def __init__(self, delay_seconds: float) -> None:
         self.delay_seconds = delay_seconds
@@ -101,7 +114,10 @@ class Connection(asyncio.Protocol):
             return
         Connection.calls += 1
         if b"You are at Turn #" in body:
-            reply = ACTIONS[Connection.calls % len(ACTIONS)]
+            asked = _N.search(body)
+            count = int(asked[1]) if asked else 1
+            reply = actions(Connection.given % len(ACTIONS), count)
+            Connection.given += count
         else:
             reply = next(reply for word, reply in JUDGES.items() if word in body)
         if self.delay_seconds:

@@ -6,14 +6,15 @@
     vllm/PATH[:ADAPTER]               vLLM, started for the run
     scripted/NAME                     a deterministic model that ships with the package
 
-Everything that talks does so through `ChatModel.complete`; nothing else is known of a model.
+Everything that talks does so through `ChatModel.complete`; nothing else is known of a model, but that some can give
+many replies to one prompt for one call (`ManyRepliesModel`).
 The clients live in `llm/`, the scripted models in `sandbox/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from sotopia_rl.episode import Record, Sampling, Usage
 
@@ -58,3 +59,28 @@ class ChatModel(Protocol):
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class ManyRepliesModel(ChatModel, Protocol):
+    """A model that can reply many times to one prompt, which it then reads once.
+
+    `gives_many` is False once its server has shown that it gives one reply whatever it is asked.
+    """
+
+    gives_many: bool
+
+    async def complete_many(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        n: int,
+        *,
+        seed: int | None = None,
+        schema: JsonSchema | None = None,
+    ) -> list[Reply]:
+        """Between 1 and n replies from one call; what is missing is the caller's to ask for.
+
+        The first carries the usage of the whole call, the others none. Raises as `complete`.
+        """
+        ...

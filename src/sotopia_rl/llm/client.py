@@ -63,9 +63,20 @@ class _Trouble(Exception):  # noqa: N818 - never leaves this module
         self.wait_seconds = wait_seconds
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a call asks for."""
+
+    messages: Sequence[Message]
+    sampling: Sampling
+    n: int
+    seed: int | None
+    schema: JsonSchema | None
+
+
 @dataclass(eq=False)
 class HttpModel:
-    """A `ChatModel` behind an OpenAI-compatible endpoint."""
+    """A `ManyRepliesModel` behind an OpenAI-compatible endpoint."""
 
     name: str
     """The model string."""
@@ -77,6 +88,8 @@ class HttpModel:
     max_tokens_field: str = "max_tokens"
     """OpenAI's newer models take `max_completion_tokens`."""
     tally: Tally = field(default_factory=Tally)
+    gives_many: bool = True
+    """False once the server has given one choice where it was asked for more."""
 
     def __post_init__(self) -> None:
         self.tally.cost_known = self.price is not None
@@ -103,33 +116,51 @@ class HttpModel:
             BudgetError: The spend cap leaves no room for the call.
             ModelCallError: No reply after every attempt.
         """
+        (reply,) = await self.complete_many(messages, sampling, 1, seed=seed, schema=schema)
+        return reply
+
+    async def complete_many(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        n: int,
+        *,
+        seed: int | None = None,
+        schema: JsonSchema | None = None,
+    ) -> list[Reply]:
+        """Up to n replies, asked for by `n` in one request; see `ManyRepliesModel.complete_many`.
+
+        Fewer come from a server that ignores `n`, and where some of the choices hold no text. The server makes what
+        it needs of the one seed (vLLM: another for each choice).
+
+        Raises:
+            As `complete`; a `ModelCallError` also where the server refuses `n`.
+        """
         try:
-            reply = await self._complete(messages, sampling, seed, schema)
+            replies = await self._complete(_Asked(messages, sampling, n, seed, schema))
         except ModelCallError:
             self.tally.failed += 1
             raise
-        self.tally.add(reply.usage)
-        return reply
+        self.tally.add(replies[0].usage)
+        return replies
 
-    async def _complete(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int | None, schema: JsonSchema | None
-    ) -> Reply:
+    async def _complete(self, asked: _Asked) -> list[Reply]:
         attempts = bad_bodies = 0
         while True:
             self._refuse_if_down()
             attempts += 1
             try:
-                reply = await self._attempt(messages, sampling, seed, schema)
+                replies = await self._attempt(asked)
             except _Trouble as trouble:
                 bad_bodies += trouble.kind == "bad_reply"
                 again = trouble.again and attempts <= self.endpoint.limits.max_retries
                 if not again or bad_bodies > _MAX_BAD_BODIES:
-                    raise self._error(trouble, attempts) from None  # its causes hold request headers
+                    raise self._error(trouble, attempts, asked.n) from None  # its causes hold request headers
                 pause = self._pause(trouble, attempts)
                 logger.info("%s: attempt %d: %s; again in %.1f s", self.name, attempts, trouble, pause)
             else:
                 self._health.success()
-                return reply
+                return replies
             self.tally.retries += 1
             await asyncio.sleep(pause)
 
@@ -142,9 +173,11 @@ class HttpModel:
                 kind=health.kind,
             )
 
-    def _error(self, trouble: _Trouble, attempts: int) -> ModelCallError:
+    def _error(self, trouble: _Trouble, attempts: int, n: int) -> ModelCallError:
         tries = f" (after {attempts} attempts)" if attempts > 1 else ""
-        return ModelCallError(f"{self.name}: {trouble}{tries}", model=self.name, kind=trouble.kind)
+        this_request = trouble.kind == "http_4xx" and not (trouble.again or trouble.hopeless)
+        hint = f"; it was asked for n={n}: if it takes no n, say --no-share-prompt" if n > 1 and this_request else ""
+        return ModelCallError(f"{self.name}: {trouble}{tries}{hint}", model=self.name, kind=trouble.kind)
 
     def _pause(self, trouble: _Trouble, attempts: int) -> float:
         """Seconds until the next attempt: what the server asks, or exponential with jitter."""
@@ -152,62 +185,60 @@ class HttpModel:
         backoff = limits.backoff_seconds * 2.0 ** (attempts - 1) * random.uniform(0.5, 1)
         return min(max(trouble.wait_seconds, backoff), limits.max_wait_seconds)
 
-    async def _attempt(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int | None, schema: JsonSchema | None
-    ) -> Reply:
+    async def _attempt(self, asked: _Asked) -> list[Reply]:
         """One attempt; where the server refuses the schema, once more without it.
 
         Raises:
             _Trouble: It gave no reply.
         """
-        refused = self.endpoint.refused_schemas
+        refused, schema = self.endpoint.refused_schemas, asked.schema
         constrained = schema is not None and not (refused and json.dumps(schema) in refused)
-        body = self._body(messages, sampling, seed, schema if constrained else None)
+        body = self._body(asked, schema if constrained else None)
         try:
-            return await self._paid_exchange(body, sampling)
+            return await self._paid_exchange(body, asked)
         except _Trouble as trouble:
             if not (constrained and trouble.kind == "http_4xx" and _is_about_schema(str(trouble))):
                 self._note(trouble)
                 raise
             logger.warning("%s: takes no such JSON schema, which is left out from now on: %s", self.name, trouble)
             refused.add(json.dumps(schema))
-        return await self._attempt(messages, sampling, seed, schema)
+        return await self._attempt(asked)
 
     def _note(self, trouble: _Trouble) -> None:
         if trouble.counts:
             self._health.failure(trouble.kind, str(trouble), hopeless=trouble.hopeless)
 
-    def _body(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int | None, schema: JsonSchema | None
-    ) -> bytes:
+    def _body(self, asked: _Asked, schema: JsonSchema | None) -> bytes:
         body: dict[str, Any] = {
             "model": self.served_name,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            self.max_tokens_field: sampling.max_tokens,
+            "messages": [{"role": message.role, "content": message.content} for message in asked.messages],
+            "temperature": asked.sampling.temperature,
+            "top_p": asked.sampling.top_p,
+            self.max_tokens_field: asked.sampling.max_tokens,
         }
-        if seed is not None and self.endpoint.limits.send_seed:
-            body["seed"] = seed
+        if asked.n > 1:
+            body["n"] = asked.n
+        if asked.seed is not None and self.endpoint.limits.send_seed:
+            body["seed"] = asked.seed
         if schema is not None:
             json_schema = {"name": "reply", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return to_json(body)  # a third of the time of json.dumps, which is half of what a call costs here
 
-    async def _paid_exchange(self, body: bytes, sampling: Sampling) -> Reply:
+    async def _paid_exchange(self, body: bytes, asked: _Asked) -> list[Reply]:
         """An exchange within the budget."""
         if self.price is None:
-            return self._reply(await self._exchange(body))
-        worst_usd = self.price.cost(len(body) // _BYTES_PER_TOKEN, sampling.max_tokens)
+            return self._replies(await self._exchange(body), asked.n)
+        worst_usd = self.price.cost(len(body) // _BYTES_PER_TOKEN, asked.n * asked.sampling.max_tokens)
         await self.budget.reserve(worst_usd, model=self.name)
         cost_usd = 0.0
         try:
             raw = await self._exchange(body)
             cost_usd = worst_usd  # answered: paid for, whatever the body turns out to be
-            reply = self._reply(raw)
-            if reply.usage.prompt_tokens:
-                cost_usd = reply.usage.cost_usd
-            return reply
+            replies = self._replies(raw, asked.n)
+            if replies[0].usage.prompt_tokens:
+                cost_usd = replies[0].usage.cost_usd
+            return replies
         finally:
             self.budget.settle(worst_usd, cost_usd)
 
@@ -269,30 +300,60 @@ class HttpModel:
             found = re.sub(r"<[^>]*>", " ", text)
         return _short(found) or "no message"
 
-    def _reply(self, raw: bytes) -> Reply:
-        """The reply in the body of a 200.
+    def _replies(self, raw: bytes, n: int) -> list[Reply]:
+        """The first n replies in the body of a 200, usage with the first; choices that are none are left out.
 
         Raises:
-            _Trouble: There is none in it.
+            _Trouble: There is no reply in it.
         """
         try:
             data = json.loads(raw)
         except (ValueError, RecursionError):
             start = self.endpoint.redact(raw[:2_000].decode("utf-8", "replace"))
             raise _Trouble("bad_reply", f"the body is not JSON: {_short(start)!r}", again=True) from None
+        choices = data.get("choices") if isinstance(data, dict) else None
+        if not isinstance(choices, list) or not choices:
+            raise self._no_choices(raw)
+        found: list[tuple[str, str]] = []
+        troubles: list[_Trouble] = []
+        for choice in choices[:n]:
+            try:
+                found.append(self._text(choice, raw))
+            except _Trouble as trouble:
+                troubles.append(trouble)
+        if not found:
+            raise troubles[0]
+        for broken in troubles:
+            logger.info("%s: one of %d choices is left out: %s", self.name, len(choices), broken)
+        if len(choices) == 1 < n and self.gives_many:
+            self.gives_many = False
+            logger.warning("%s: takes no `n` (one choice where %d were asked for)", self.name, n)
+        usages = [self._usage(data.get("usage")), *[Usage()] * (len(found) - 1)]
+        return [
+            Reply(text=text, usage=usage, finish_reason=reason)
+            for (text, reason), usage in zip(found, usages, strict=True)
+        ]
+
+    def _text(self, choice: Any, raw: bytes) -> tuple[str, str]:
+        """What a choice says, and why it ends there.
+
+        Raises:
+            _Trouble: It holds no text.
+        """
         try:
-            choice = data["choices"][0]
             message, finish_reason = choice["message"], choice.get("finish_reason") or "stop"
             content = message["content"]
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise _Trouble("bad_reply", f"no choices in the body: {self._server_words(raw)}", again=True) from None
-        usage = self._usage(data.get("usage"))
+            raise self._no_choices(raw) from None
         if content is None and finish_reason == "length":
             content = ""  # a reasoning model that thought up to its limit
         if not isinstance(content, str):
             words = _short(self.endpoint.redact(str(message.get("refusal") or content)))
             raise _Trouble("bad_reply", f"the reply holds no text ({words})", again=True)
-        return Reply(text=self._storable(content), usage=usage, finish_reason=str(finish_reason))
+        return self._storable(content), str(finish_reason)
+
+    def _no_choices(self, raw: bytes) -> _Trouble:
+        return _Trouble("bad_reply", f"no choices in the body: {self._server_words(raw)}", again=True)
 
     def _storable(self, text: str) -> str:
         """The text, refused where it could not be written down."""

@@ -1,18 +1,18 @@
 """Best-of-N: ask a policy N times, keep the replies that are valid, let a reward model choose.
 
 No HTTP here; `app.py` puts this behind an OpenAI-compatible one. What cannot be answered is an error with a status
-and a reason: a request fails if a single one of its N calls fails (fewer candidates would be another system), and
-if no candidate is valid. Nothing else is ever given out as a reply.
+and a reason: a request fails if a single one of its N replies cannot be had (fewer candidates would be another
+system), and if no candidate is valid. Nothing else is ever given out as a reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field
 
@@ -22,9 +22,11 @@ from sotopia_rl.errors import EndpointDownError, FailureKind, ModelCallError, Se
 from sotopia_rl.llm.extract import UnusableReply
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool
-from sotopia_rl.models import JsonSchema, Message, Reply
+from sotopia_rl.models import ChatModel, JsonSchema, ManyRepliesModel, Message, Reply
 from sotopia_rl.serve.scoring import Batcher, Scores, TooLongError
 from sotopia_rl.simulate import parse_action
+
+T = TypeVar("T")
 
 
 class BestOfNSettings(Config):
@@ -69,6 +71,8 @@ class BestOfNSettings(Config):
     """Further attempts of one call to the policy after a 429, a 5xx or a lost connection."""
     policy_in_flight: int = Field(default=1024, gt=0)
     """Calls to the policy at once."""
+    share_prompt: bool = True
+    """Ask an HTTP policy for all candidates by `n` in one call; off for servers that refuse `n`."""
     send_seed: bool = True
     """Send the policy sampling seeds; off for vLLM 0.32 on CPUs."""
     vllm: Path | None = None
@@ -117,7 +121,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidates, distinct, the best first and the invalid ones last; and what all N calls took."""
+    """The candidates, distinct, the best first and the invalid ones last; and what the policy's calls took."""
 
     candidates: tuple[Candidate, ...]
     usage: Usage
@@ -145,18 +149,35 @@ class Policy:
         self, messages: Sequence[Message], sampling: Sampling, *, seed: int | None, schema: JsonSchema | None
     ) -> Reply:
         """As `ChatModel.complete`; that the policy was given up before is no reason not to ask it."""
+        return await self._ask(lambda model: model.complete(messages, sampling, seed=seed, schema=schema))
+
+    async def complete_many(
+        self, messages: Sequence[Message], sampling: Sampling, n: int, *, seed: int | None, schema: JsonSchema | None
+    ) -> list[Reply]:
+        """As `ManyRepliesModel.complete_many`, and none at all from a policy that gives one reply a call."""
+        known = self._pool.get(self.name)
+        if n == 1 or not isinstance(known, ManyRepliesModel) or not known.gives_many:
+            return []
+
+        def call(model: ChatModel) -> Awaitable[list[Reply]]:
+            assert isinstance(model, ManyRepliesModel), "one name, one kind of model"
+            return model.complete_many(messages, sampling, n, seed=seed, schema=schema)
+
+        return await self._ask(call)
+
+    async def _ask(self, call: Callable[[ChatModel], Awaitable[T]]) -> T:
         pool = self._pool
         try:
             try:
-                reply = await pool.get(self.name).complete(messages, sampling, seed=seed, schema=schema)
+                found = await call(pool.get(self.name))
             except EndpointDownError:
                 await self._open_anew(pool)
-                reply = await self._pool.get(self.name).complete(messages, sampling, seed=seed, schema=schema)
+                found = await call(self._pool.get(self.name))
         except ModelCallError as error:
             self.trouble = str(error)
             raise
         self.trouble = None
-        return reply
+        return found
 
     async def _open_anew(self, pool: ModelPool) -> None:
         """Replace `pool`, unless another call has done so already."""
@@ -261,19 +282,26 @@ class BestOfN:
     async def _ask(
         self, messages: Sequence[Message], sampling: Sampling, seeds: Sequence[int | None], schema: JsonSchema | None
     ) -> list[Reply]:
-        """One reply per seed, in order. The first call that fails ends the others."""
+        """One reply per seed: from one call where the policy can, what is missing then from a call each.
+
+        The first call that fails ends the others.
+        """
+        shared: list[Reply] = []
         try:
+            if self.settings.share_prompt:
+                n = len(seeds)
+                shared = await self.policy.complete_many(messages, sampling, n, seed=seeds[0], schema=schema)
             async with asyncio.TaskGroup() as group:
                 calls = [
                     group.create_task(self.policy.complete(messages, sampling, seed=seed, schema=schema))
-                    for seed in seeds
+                    for seed in seeds[len(shared) :]
                 ]
         except* SotopiaRLError as failures:
             first = failures.exceptions[0]
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             raise policy_error(first) from None
-        return [call.result() for call in calls]
+        return [*shared, *(call.result() for call in calls)]
 
 
 _STATUS: dict[FailureKind, tuple[int, str]] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from sotopia_rl.config import load_config
 from sotopia_rl.episode import Sampling
@@ -25,6 +25,8 @@ from sotopia_rl.serve.vllm import VLLMServer, check_vllm
 from sotopia_rl.serve.vllm_command import VLLMSettings, base_name, check_request, interpreter
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def vllm_settings(file: Path | None) -> VLLMSettings:
@@ -103,12 +105,13 @@ class ServedBase:
 
 @dataclass(eq=False)
 class ServedModel:
-    """A `ChatModel` on a `ServedBase`."""
+    """A `ManyRepliesModel` on a `ServedBase`."""
 
     name: str
     base: ServedBase
     served_name: str
     tally: Tally = field(default_factory=Tally)
+    gives_many: bool = True
     _http: HttpModel | None = None
 
     async def __aenter__(self) -> Self:
@@ -133,12 +136,27 @@ class ServedModel:
             EndpointDownError: It has died; its last lines are in the message.
             ModelCallError: No reply after every attempt.
         """
+        return await self._ask(lambda http: http.complete(messages, sampling, seed=seed, schema=schema))
+
+    async def complete_many(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        n: int,
+        *,
+        seed: int | None = None,
+        schema: JsonSchema | None = None,
+    ) -> list[Reply]:
+        """As `ManyRepliesModel.complete_many`. Raises as `complete`."""
+        return await self._ask(lambda http: http.complete_many(messages, sampling, n, seed=seed, schema=schema))
+
+    async def _ask(self, call: Callable[[HttpModel], Awaitable[T]]) -> T:
         if self._http is None:
             endpoint = await self.base.endpoint(self.served_name)
             price = Price(0.0, 0.0)  # a server of one's own
             self._http = HttpModel(self.name, self.served_name, endpoint, self.base.budget, price, tally=self.tally)
         try:
-            return await self._http.complete(messages, sampling, seed=seed, schema=schema)
+            return await call(self._http)
         except ModelCallError as error:
             if (trouble := self.base.trouble) is None:
                 raise

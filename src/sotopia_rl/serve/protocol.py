@@ -135,7 +135,7 @@ class ChatChoice(BaseModel):
 
 
 class Tokens(BaseModel):
-    """Of all the candidates' calls together: what the policy was really asked to do."""
+    """Of all the candidates together: what the policy was really asked to do."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -156,9 +156,9 @@ class ScoredCandidate(BaseModel):
 
 class BestOfNDetails(BaseModel):
     candidates: int
-    """Calls to the policy."""
+    """Replies of the policy."""
     valid: int
-    """Calls whose reply was valid."""
+    """Those that were valid."""
     replies: list[ScoredCandidate]
     """Distinct ones, the best first."""
 

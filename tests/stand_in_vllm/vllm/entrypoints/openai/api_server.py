@@ -39,7 +39,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/chat/completions":
             said = {"action_type": "speak", "argument": adapters.get(body["model"], body["model"])}
             choice = {"message": {"role": "assistant", "content": json.dumps(said)}, "finish_reason": "stop"}
-            self.answer(200, json.dumps({"choices": [choice], "usage": {"prompt_tokens": 3}}).encode())
+            self.answer(
+                200, json.dumps({"choices": [choice] * body.get("n", 1), "usage": {"prompt_tokens": 3}}).encode()
+            )
         elif self.path == "/v1/load_lora_adapter":
             adapters[body["lora_name"]] = body["lora_path"]
             self.answer(200, b"Success: added.")
