@@ -11,7 +11,7 @@ from sotopia_rl.episode import AgentSpec, Sampling
 from sotopia_rl.errors import ConfigError, EndpointDownError, ServingError
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool
-from sotopia_rl.models import ManyRepliesModel, Message
+from sotopia_rl.models import Message, gives_many
 from sotopia_rl.simulate import Pairing, SimulateConfig, parse_action, play
 from tiny_llm import save_adapter, save_model
 
@@ -61,7 +61,7 @@ def test_many_replies_come_from_one_call(folders, stand_in):
     async def run():
         async with ModelPool(LIMITS) as pool:
             model = pool.get(f"vllm/{folders / 'base'}")
-            assert isinstance(model, ManyRepliesModel)
+            assert gives_many(model)
             replies = await model.complete_many([Message(role="user", content="Hello?")], Sampling(), 3)
             return replies, model.tally.calls
 

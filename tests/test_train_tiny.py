@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sotopia_rl.train.config import TinyModelSettings
-from sotopia_rl.train.data import completion_token_ids, prompt_token_ids
+from sotopia_rl.train.data import completion_token_ids, completions_token_ids, prompt_token_ids
 from sotopia_rl.train.folder import read_metrics
 from sotopia_rl.train.tiny import tiny_model, tiny_tokenizer, train_base
 from training_rows import reward_rows
@@ -43,6 +43,11 @@ def test_prompt_and_reply_ids_are_what_the_chat_template_renders() -> None:
     rendered = TOKENIZER.apply_chat_template(chat, tokenize=True, return_dict=False)
     ids = prompt_token_ids(TOKENIZER, row.prompt) + completion_token_ids(TOKENIZER, row.completion[0].content)
     assert rendered[: len(ids)] == ids
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), max_size=12))
+def test_replies_have_the_same_ids_together_as_alone(texts: list[str]) -> None:
+    assert completions_token_ids(TOKENIZER, texts) == [completion_token_ids(TOKENIZER, text) for text in texts]
 
 
 def test_the_template_marks_what_the_assistant_says() -> None:

@@ -14,7 +14,7 @@ The clients live in `llm/`, the scripted models in `sandbox/`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeGuard
 
 from sotopia_rl.episode import Record, Sampling, Usage
 
@@ -61,7 +61,6 @@ class ChatModel(Protocol):
     async def __aexit__(self, *exc: object) -> None: ...
 
 
-@runtime_checkable
 class ManyRepliesModel(ChatModel, Protocol):
     """A model that can reply many times to one prompt, which it then reads once.
 
@@ -84,3 +83,8 @@ class ManyRepliesModel(ChatModel, Protocol):
         The first carries the usage of the whole call, the others none. Raises as `complete`.
         """
         ...
+
+
+def gives_many(model: ChatModel) -> TypeGuard[ManyRepliesModel]:
+    """Whether a model can be asked for many replies in one call."""
+    return bool(getattr(model, "gives_many", False))

@@ -22,7 +22,7 @@ from sotopia_rl.errors import EndpointDownError, FailureKind, ModelCallError, Se
 from sotopia_rl.llm.extract import UnusableReply
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool
-from sotopia_rl.models import ChatModel, JsonSchema, ManyRepliesModel, Message, Reply
+from sotopia_rl.models import ChatModel, JsonSchema, Message, Reply, gives_many
 from sotopia_rl.serve.scoring import Batcher, Scores, TooLongError
 from sotopia_rl.simulate import parse_action
 
@@ -155,13 +155,13 @@ class Policy:
         self, messages: Sequence[Message], sampling: Sampling, n: int, *, seed: int | None, schema: JsonSchema | None
     ) -> list[Reply]:
         """As `ManyRepliesModel.complete_many`, and none at all from a policy that gives one reply a call."""
-        known = self._pool.get(self.name)
-        if n == 1 or not isinstance(known, ManyRepliesModel) or not known.gives_many:
+        if n == 1 or not gives_many(self._pool.get(self.name)):
             return []
 
-        def call(model: ChatModel) -> Awaitable[list[Reply]]:
-            assert isinstance(model, ManyRepliesModel), "one name, one kind of model"
-            return model.complete_many(messages, sampling, n, seed=seed, schema=schema)
+        async def call(model: ChatModel) -> list[Reply]:
+            if not gives_many(model):  # opened anew, and another request has found out
+                return []
+            return await model.complete_many(messages, sampling, n, seed=seed, schema=schema)
 
         return await self._ask(call)
 

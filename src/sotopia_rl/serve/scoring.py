@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 from sotopia_rl.errors import ServingError
 from sotopia_rl.models import Message
 from sotopia_rl.serve.vllm import post_json
-from sotopia_rl.train.data import Tokenizer, completion_token_ids, prompt_token_ids
+from sotopia_rl.train.data import Tokenizer, completions_token_ids, prompt_token_ids
 
 Scores = tuple[float, ...]
 """One number per output of the reward model, 0..1 if it was trained here."""
@@ -56,7 +56,7 @@ class ChatEncoder:
 
     def __call__(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
         before = tuple(prompt_token_ids(self.tokenizer, prompt))
-        pairs = [(before, tuple(completion_token_ids(self.tokenizer, reply))) for reply in replies]
+        pairs = [(before, tuple(ids)) for ids in completions_token_ids(self.tokenizer, replies)]
         longest = max(len(before) + len(reply) for _, reply in pairs)
         if longest > self.max_length:
             raise TooLongError(
