@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 
 import pytest
@@ -134,6 +135,14 @@ def some_rows():
 
 def encoded(model, rows):
     return [pair for row in rows for pair in model.encode(row.prompt, [reply_text(row)])]
+
+
+def test_a_reward_model_reads_prompts_in_the_chat_template_it_was_trained_with(reward_adapter, tmp_path, some_rows):
+    other = shutil.copytree(reward_adapter, tmp_path / "rm")
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} so:")
+    model = load_reward_model(other)
+    ((prompt, _),) = encoded(model, some_rows[:1])
+    assert model.encoder.tokenizer.decode(prompt) == some_rows[0].prompt[0].content + " so:"
 
 
 def test_a_loaded_reward_model_scores_as_the_one_that_grpo_uses(base, reward_adapter, loaded, some_rows, tmp_path):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import sys
 import urllib.request
@@ -58,6 +59,27 @@ def test_the_command_names_every_adapter_and_room_for_all_of_them(folders):
     assert option(command, "--max-cpu-loras") == "2"
     assert option(command, "--max-lora-rank") == "16"
     assert option(command, "--served-model-name") == "base"
+
+
+def with_template(adapter, folder, template):
+    shutil.copytree(adapter, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_adapters_bring_the_chat_template_they_were_trained_with(folders, tmp_path):
+    base, plain = folders / "base", folders / "sft"
+    one, same = (with_template(plain, tmp_path / name, "{{ messages }}") for name in ("one", "same"))
+    command = vllm_command(base, {"plain": plain, "one": one, "same": same}, VLLMSettings())
+    assert option(command, "--chat-template") == str((one / "chat_template.jinja").resolve())
+    assert "--chat-template" not in vllm_command(base, {"plain": plain}, VLLMSettings())
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{{ messages[0] }}")
+    other = with_template(plain, tmp_path / "other", "{{ messages[0] }}")
+    with pytest.raises(ConfigError, match="adapters one and other were trained with different chat templates"):
+        vllm_command(base, {"one": one, "same": same, "other": other}, VLLMSettings())
+    command = vllm_command(base, {"one": one, "other": other}, VLLMSettings(chat_template=mine))
+    assert option(command, "--chat-template") == str(mine)
 
 
 def test_a_base_s_own_sampling_defaults_are_switched_off(folders):

@@ -20,7 +20,7 @@ from sotopia_rl.llm.folders import quiet_loading
 from sotopia_rl.models import Message
 from sotopia_rl.serve.scoring import ChatEncoder, Encoded, Scores
 from sotopia_rl.serve.vllm_command import reward_outputs
-from sotopia_rl.train.adapters import check_base
+from sotopia_rl.train.adapters import check_base, template_of
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import read_json
 from sotopia_rl.train.loading import load_base, load_tokenizer
@@ -114,7 +114,7 @@ def load_reward_model(
 
 def _load_adapter(path: Path, base: Path, settings: TrainerSettings) -> tuple[Any, PreTrainedTokenizerBase]:
     outputs = reward_outputs(path)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, template_of(path))
     check_base(path, base)
     classifier = load_classifier(base, tokenizer, settings, outputs=outputs)
     return PeftModel.from_pretrained(classifier, path).merge_and_unload().eval(), tokenizer

@@ -60,7 +60,8 @@ class VLLMSettings(Config):
     logprobs: Literal["raw", "processed"] = "raw"
     """Log-probabilities from before or after the temperature; GRPO at another temperature than 1 needs the latter."""
     chat_template: Path | None = None
-    """Jinja file to use instead of the base's own template."""
+    """Jinja file to use instead of the one that the adapters were trained with (or the base's own, where they bring
+    none)."""
     start_timeout_seconds: float = Field(default=900.0, gt=0)
     """Time from the start until it must answer."""
 
@@ -84,7 +85,7 @@ def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSetting
         "--tensor-parallel-size": settings.tensor_parallel if settings.tensor_parallel > 1 else None,
         "--max-model-len": settings.max_model_len,
         "--gpu-memory-utilization": settings.gpu_memory_utilization,
-        "--chat-template": settings.chat_template,
+        "--chat-template": settings.chat_template or adapters_template(adapters),
         "--logprobs-mode": "processed_logprobs" if settings.logprobs == "processed" else None,
         # a base's generation_config.json would add its own top_k and penalties to what callers ask for
         "--generation-config": "vllm",
@@ -101,6 +102,23 @@ def vllm_command(base: Path, adapters: Mapping[str, Path], settings: VLLMSetting
     if adapters:
         command += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
     return command
+
+
+def adapters_template(adapters: Mapping[str, Path]) -> Path | None:
+    """The chat template that adapters were trained with, which vLLM does not look for; None where they bring none.
+
+    Raises:
+        ConfigError: They were trained with different ones, and a server has one.
+    """
+    files = {name: path / "chat_template.jinja" for name, path in adapters.items()}
+    texts = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items() if file.is_file()}
+    if len(set(texts.values())) > 1:
+        first, other = next((a, b) for a in texts for b in texts if texts[a] != texts[b])
+        raise ConfigError(
+            f"adapters {first} and {other} were trained with different chat templates, and a server has one; "
+            "serve them apart, or say which one with --chat-template"
+        )
+    return files[next(iter(texts))].resolve() if texts else None
 
 
 def interpreter(settings: VLLMSettings) -> Path:
