@@ -59,6 +59,7 @@ def made_base(rows: Path, folder: Path) -> Path:
     return train_base(rows / "sft.jsonl", size, folder)
 
 
+@pytest.mark.slow
 def test_the_training_commands_end_in_adapters(rows: Path, tmp_path: Path) -> None:
     base = made_base(rows, tmp_path / "base")
     steps = ["--max-steps", 2, "--batch-size", 2, "--save-every", 1, "--device", "cpu"]

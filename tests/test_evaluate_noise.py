@@ -45,6 +45,7 @@ def by_source(found):
     return {c.source: c for c in found.components}
 
 
+@pytest.mark.slow
 def test_known_variances_come_out_again():
     rng = np.random.default_rng(0)
     found = []

@@ -165,6 +165,7 @@ def allocate_too_much(done: int, total: int) -> None:
         torch.empty(2**55)
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_which_settings_to_lower_and_the_run_goes_on_under_them(
     rows: Path, base: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_out_of_memory_says_which_settings_to_lower_and_the_run_goes_on_under_th
     assert losses == pytest.approx(expected, rel=0.02)  # dropout falls differently on smaller batches
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_grpo_names_its_own_settings(
     rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
 ) -> None:

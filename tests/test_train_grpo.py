@@ -146,6 +146,7 @@ def test_the_result_is_the_policy_alone(base: Path, grpo_adapter: Path) -> None:
     assert list(model.peft_config) == ["default"]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_ends_like_an_unbroken_one(
     rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, grpo_adapter: Path, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_row_sees_nothing_of_the_one_before_it(
     assert (labels != IGNORED).sum() == sum(len(row.completion_ids) for row in two)
 
 
+@pytest.mark.slow
 def test_a_packed_run_stopped_in_the_middle_ends_like_an_unbroken_one(rows: Path, base: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done == 3:

@@ -65,6 +65,7 @@ def test_its_gradient_pulls_a_pair_apart_in_the_right_direction() -> None:
     assert predicted.grad[0] < 0 < predicted.grad[1]
 
 
+@pytest.mark.slow
 def test_the_ranking_loss_is_trained_and_counts(rows: Path, base: Path, tmp_path: Path) -> None:
     one_step = {"max_steps": 1, "held_out_share": 0.0}
     plain = train_reward_model(rows, base, RM.model_copy(update=one_step), tmp_path / "mse")
@@ -75,6 +76,7 @@ def test_the_ranking_loss_is_trained_and_counts(rows: Path, base: Path, tmp_path
     assert losses[1] > losses[0]  # the head starts at zero: every pair lacks its whole distance
 
 
+@pytest.mark.slow
 def test_accumulating_two_batches_is_one_batch_of_twice_the_size(rows: Path, base: Path, tmp_path: Path) -> None:
     settings = RM.model_copy(update={"max_steps": 3, "held_out_share": 0.0, "max_grad_norm": 1e9})
     once = train_reward_model(rows, base, settings, tmp_path / "once")

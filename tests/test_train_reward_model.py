@@ -139,6 +139,7 @@ def test_several_dimensions_are_several_outputs(rows: Path, base: Path, tmp_path
     assert load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"].shape[0] == 2
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_ends_like_an_unbroken_one(
     rows: Path, base: Path, reward_adapter: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_every_step_samples_from_the_policy_that_the_last_step_made(train: Train
     assert load_peft_weights(str(adapter))
 
 
+@pytest.mark.slow
 def test_the_policy_can_be_published_every_few_steps(train: Train, base: Path, tmp_path: Path) -> None:
     with FakeVLLM(sample=sampler(base)) as server:
         train(server, vllm_sync_every=2, max_steps=3)
@@ -103,6 +104,7 @@ def test_the_policy_can_be_published_every_few_steps(train: Train, base: Path, t
     assert max(fresh, fresh_again) < 1e-4 < old, "a policy that has moved on since is corrected for"
 
 
+@pytest.mark.slow
 def test_probabilities_that_differ_are_corrected_for_within_the_cap(train: Train, base: Path, tmp_path: Path) -> None:
     inner = sampler(base)
 
@@ -126,6 +128,7 @@ def test_a_server_with_another_model_is_found_out_before_it_teaches_anything(tra
     assert not (tmp_path / "run/checkpoints/checkpoint-1").exists()
 
 
+@pytest.mark.slow
 def test_what_was_trained_before_a_server_died_is_kept_and_gone_on_from(
     train: Train, base: Path, tmp_path: Path
 ) -> None:

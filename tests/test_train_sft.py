@@ -71,6 +71,7 @@ def test_the_result_is_the_adapter_with_the_lowest_held_out_loss(sft_adapter: Pa
     assert finished["data"]["rows"] == 96
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_ends_like_an_unbroken_one(
     rows: Path, base: Path, sft_adapter: Path, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_folder_that_is_no_model_is_named(rows: Path, base: Path, tmp_path: Pa
         train_sft(rows, rows.parent, SFT, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_base_in_four_bits_goes_through_every_stage(rows: Path, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     four_bits = {"quantise": "nf4", "max_steps": 1}
