@@ -46,7 +46,7 @@ test: $(DEV)
 	OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal $(ARGS)
 
 test-slow: $(DEV) oracles
-	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not gpu' -n 2 --dist loadgroup -v --durations 10 $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'slow and not gpu' -n 2 --dist loadfile -v --durations 10 $(ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff check .

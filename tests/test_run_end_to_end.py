@@ -25,7 +25,7 @@ grpo:
 evaluate: {partners: [scripted/fair], max_tokens: 40, shown_episodes: 2}
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("one run")]
+pytestmark = pytest.mark.slow
 
 
 def command(recipe: Path, output: Path) -> list[str]:

@@ -32,7 +32,7 @@ from sotopia_rl.train.vllm_servers import Request, VLLMServers
 from training_settings import GRPO, RM, SFT, TINY
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, needs_vllm, pytest.mark.xdist_group("one vLLM server")]
+pytestmark = [pytest.mark.slow, needs_vllm]
 CPU = on_cpu(logprobs="processed")
 STEPS = 3
 
