@@ -17,7 +17,6 @@ import random
 import statistics
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from training import make_base, talks
-from transformers.utils import logging
+from training import hush, make_base, talks
 from trl import GRPOTrainer
 
 from sotopia_rl.dataset import write_rows
@@ -69,9 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2, help="measured steps each (default: %(default)s)")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    hush()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         data = talks(6, random.Random(0))

@@ -157,6 +157,13 @@ def rewards(rows: Path, base: Path, scratch: Path) -> float:
     return float((shared - alone).abs().max())
 
 
+def hush() -> None:
+    """Leave the libraries' bars and warnings out of the tables."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -164,9 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--talks", type=int, default=24)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    hush()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         data = talks(args.talks, random.Random(0))

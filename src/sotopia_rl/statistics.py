@@ -106,7 +106,7 @@ def regression_coefficient(y: Floats, design: Floats, clusters: Sequence[str], *
         return Estimate(float(beta[0]), None, None, None, None, len(y), num_clusters)
     # CR2 takes (I - H_jj)^(-1/2), of a cluster's size, times its rows X_j. With H_jj = A A', A = X_j root and
     # root = bread^(1/2), that is X_j root (I - A'A)^(-1/2) root^(-1): all that has to be inverted is K by K.
-    root = _power(bread, 0.5)
+    root = _root(bread)
     moments = _sums(design[:, :, None] * design[:, None, :], index, num_clusters)  # [J, K, K] X_j'X_j
     adjusted = root @ _inverse_root(root @ moments @ root) @ root[0]  # [J, K] what X_j is multiplied with
     loadings = np.einsum("jkl,jl->jk", moments, adjusted)
@@ -130,10 +130,10 @@ def _sums(values: Floats, index: npt.NDArray[np.intp], num_clusters: int) -> Flo
     return found
 
 
-def _power(matrix: Floats, exponent: float) -> Floats:
-    """A power of a symmetric matrix [K, K] without negative eigenvalues."""
+def _root(matrix: Floats) -> Floats:
+    """The square root of a symmetric matrix [K, K] without negative eigenvalues."""
     values, vectors = np.linalg.eigh(matrix)
-    return np.asarray((vectors * np.clip(values, 0, None) ** exponent) @ vectors.T, dtype=np.float64)
+    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T, dtype=np.float64)
 
 
 def _inverse_root(hats: Floats) -> Floats:

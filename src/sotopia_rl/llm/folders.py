@@ -30,6 +30,12 @@ def check_model_folder(path: Path) -> None:
         raise ConfigError(f"local/{path}: not a model folder (no tokenizer, tokenizer.json, in it)")
 
 
+def template_of(adapter: Path) -> Path | None:
+    """The chat template saved with an adapter, if there is one."""
+    file = adapter / "chat_template.jinja"
+    return file if file.is_file() else None
+
+
 def check_adapter(adapter: Path, base: Path, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM") -> str:
     """The base that `adapter` names as its own.
 

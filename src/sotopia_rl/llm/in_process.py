@@ -26,7 +26,7 @@ from sotopia_rl.episode import Sampling, Usage
 from sotopia_rl.errors import ConfigError, MissingExtraError, ModelCallError
 from sotopia_rl.llm.constraint import SchemaCompiler
 from sotopia_rl.llm.decode import Row, decode
-from sotopia_rl.llm.folders import check_adapter, check_model_folder, quiet_loading
+from sotopia_rl.llm.folders import check_adapter, check_model_folder, quiet_loading, template_of
 from sotopia_rl.llm.limits import ModelLimits, Tally
 from sotopia_rl.llm.prefill import PrefixStore, can_prefill
 from sotopia_rl.models import JsonSchema, Message, Reply
@@ -277,8 +277,7 @@ class _Loaded:
 
     def _template(self, adapter: Path | None) -> str:
         """The chat template that an adapter was trained with, or the tokenizer's own."""
-        file = None if adapter is None else adapter / "chat_template.jinja"
-        if file is not None and file.is_file():
+        if adapter is not None and (file := template_of(adapter)) is not None:
             return file.read_text(encoding="utf-8")
         if not self.tokenizer.chat_template:
             raise ConfigError(f"local/{self.path}: its tokenizer has no chat template; add chat_template.jinja")

@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import ConfigError, DataError
-from sotopia_rl.llm.folders import quiet_loading
+from sotopia_rl.llm.folders import quiet_loading, template_of
 from sotopia_rl.models import Message
 from sotopia_rl.serve.scoring import ChatEncoder, Encoded, Scores
 from sotopia_rl.serve.vllm_command import reward_outputs
-from sotopia_rl.train.adapters import check_base, template_of
+from sotopia_rl.train.adapters import check_base
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import read_json
 from sotopia_rl.train.loading import load_base, load_tokenizer

@@ -17,7 +17,7 @@ from pydantic import Field
 from sotopia_rl.config import Config
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.llm.endpoint import key_variable, read_key
-from sotopia_rl.llm.folders import check_adapter, check_model_folder
+from sotopia_rl.llm.folders import check_adapter, check_model_folder, template_of
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM 0.32 takes as --max-lora-rank (and 1, which no adapter of ours has)."""
@@ -110,15 +110,15 @@ def adapters_template(adapters: Mapping[str, Path]) -> Path | None:
     Raises:
         ConfigError: They were trained with different ones, and a server has one.
     """
-    files = {name: path / "chat_template.jinja" for name, path in adapters.items()}
-    texts = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items() if file.is_file()}
+    files = {name: file for name, path in adapters.items() if (file := template_of(path)) is not None}
+    texts = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
     if len(set(texts.values())) > 1:
         first, other = next((a, b) for a in texts for b in texts if texts[a] != texts[b])
         raise ConfigError(
             f"adapters {first} and {other} were trained with different chat templates, and a server has one; "
             "serve them apart, or say which one with --chat-template"
         )
-    return files[next(iter(texts))].resolve() if texts else None
+    return next((file.resolve() for file in files.values()), None)
 
 
 def interpreter(settings: VLLMSettings) -> Path:

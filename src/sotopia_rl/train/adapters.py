@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sotopia_rl.errors import DataError, TrainingError
+from sotopia_rl.llm.folders import template_of
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import fingerprint, read_json, write_json
 from sotopia_rl.train.loading import load_base
@@ -99,12 +100,6 @@ def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def template_of(adapter: Path) -> Path | None:
-    """The chat template saved with an adapter, if there is one."""
-    file = adapter / "chat_template.jinja"
-    return file if file.is_file() else None
 
 
 def check_template(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from sotopia_rl.dataset import PromptRow, read_rows
 from sotopia_rl.errors import TrainingError
+from sotopia_rl.llm.folders import template_of
 from sotopia_rl.simulate import parse_action
 from sotopia_rl.train.adapters import (
     POLICY,
@@ -29,7 +30,6 @@ from sotopia_rl.train.adapters import (
     check_template,
     load_policy,
     saver,
-    template_of,
     write_base_note,
 )
 from sotopia_rl.train.callbacks import Progress, Record, best_step, keep_as_best, train_to_the_end, write_result

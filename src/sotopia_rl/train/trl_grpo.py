@@ -118,9 +118,12 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
         )
         self.use_vllm, self.vllm_mode, self._last_loaded_step = True, "server", -1
 
+    def _can_read_prompts_once(self) -> bool:
+        return not weights_are_divided() and can_prefill(self.model.config)
+
     def _generate_single_turn(self, prompt_ids: Any, *others: Any, **named: Any) -> tuple[list[list[int]], Any]:
         """As TRL's; but where the model samples for itself, whole and of a plain kind, its prompts are read once."""
-        if self.use_vllm or weights_are_divided() or not can_prefill(self.model.config):
+        if self.use_vllm or not self._can_read_prompts_once():
             found: tuple[list[list[int]], Any] = super()._generate_single_turn(prompt_ids, *others, **named)
             return found
         sampled = sample_here(
@@ -146,7 +149,7 @@ class PolicyTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped here
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """As TRL's, in the loss too, but a prompt is read once for all of its completions where the model allows it."""
         checkpointing = torch.is_grad_enabled() and self.args.gradient_checkpointing
-        if checkpointing or compute_aux_loss or weights_are_divided() or not can_prefill(self.model.config):
+        if checkpointing or compute_aux_loss or not self._can_read_prompts_once():
             found: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
             found = super()._get_per_token_logps_and_entropies(
                 model,
