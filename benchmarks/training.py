@@ -1,11 +1,13 @@
 """Training: packed against padded rows, one shared base against three models, shared against standalone rewards.
 
-    python benchmarks/training.py             about five minutes on one CPU core
-    python benchmarks/training.py --steps 3   fewer steps per way of batching
+    python benchmarks/training.py             about a quarter of an hour on two CPU cores
+    python benchmarks/training.py --steps 1   fewer steps per way of batching
 
 Baseline and ours in one run. Rows have the lengths of SOTOPIA's: prompts that grow by a turn at a time, over talks of
-different lengths. Tokens are counted without padding. Memory is counted on PyTorch's meta device, so that the shape of
-Qwen2.5-7B costs nothing; the numbers are those of the modules that GRPO trains with.
+different lengths. Tokens are counted without padding, those that rows share for each of them. SFT is measured on one
+layer of Qwen2.5-7B's shape, whose other 27 are alike, and on a small model, where attention weighs more. Memory is
+counted on PyTorch's meta device, so that the shape of Qwen2.5-7B costs nothing; the numbers are those of the modules
+that GRPO trains with.
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ from sotopia_rl.train.reward_model import load_reward_model, predict, train_rewa
 from sotopia_rl.train.sft import train_sft
 from sotopia_rl.train.tiny import tiny_model, tiny_tokenizer
 
-SHAPE = TinyModelSettings(
+SMALL = TinyModelSettings(
     vocabulary=600, hidden_size=384, layers=3, heads=6, key_value_heads=2, mlp_size=1024, context_length=8192
+)
+LAYER = SMALL.model_copy(
+    update={"hidden_size": 3584, "layers": 1, "heads": 28, "key_value_heads": 4, "mlp_size": 18944}
 )
 SENTENCE = (
     "the lamp is yours if I may keep the old desk and we could share the cost of moving both of them on a day that "
     "suits you better than this one because my sister needs help with her move and I promised it"
 )
-BATCH = 8
+BATCH = 4
 
 
 def talks(count: int, rng: random.Random) -> list[RewardRow]:
@@ -75,10 +80,10 @@ def talks(count: int, rng: random.Random) -> list[RewardRow]:
     return rows
 
 
-def make_base(rows: list[RewardRow], folder: Path) -> Path:
-    """A random Llama of five million parameters, with a tokenizer that makes about three characters a token."""
-    tokenizer = tiny_tokenizer([row.prompt[-1].content + row.completion[0].content for row in rows], SHAPE.vocabulary)
-    tiny_model(tokenizer, SHAPE).save_pretrained(folder)
+def make_base(rows: list[RewardRow], shape: TinyModelSettings, folder: Path) -> Path:
+    """A random Llama, with a tokenizer that makes about three characters a token."""
+    tokenizer = tiny_tokenizer([row.prompt[-1].content + row.completion[0].content for row in rows], shape.vocabulary)
+    tiny_model(tokenizer, shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -99,24 +104,22 @@ def padding_factor(lengths: list[int], rng: random.Random) -> float:
     return sum(len(batch) * max(batch) for batch in batches) / sum(lengths)
 
 
-def packing(rows: Path, base: Path, steps: int, longest: int, scratch: Path) -> None:
-    """Padded as the baseline, the batch without padding, packed into rows of about the longest row."""
+def packing(name: str, rows: Path, base: Path, *, steps: int, longest: int) -> None:
+    """Padded as the baseline, the batch without padding, packed into rows of about the longest row, conversations."""
     shared = {"max_length": longest, "max_steps": steps + 1, "save_every": 1000, "held_out_share": 0.0}
     ways = {
-        f"padded, {BATCH} rows (baseline)": SFTSettings.model_validate({**shared, "batch_size": BATCH}),
-        f"padding_free, {BATCH} rows": SFTSettings.model_validate(
-            {**shared, "batch_size": BATCH, "packing": "padding_free"}
-        ),
-        f"packed into {longest} tokens, 1 row": SFTSettings.model_validate(
-            {**shared, "batch_size": 1, "packing": "packed"}
-        ),
+        f"padded, {BATCH} rows (baseline)": {"batch_size": BATCH},
+        f"padding_free, {BATCH} rows": {"batch_size": BATCH, "packing": "padding_free"},
+        f"packed into {longest} tokens, 1": {"batch_size": 1, "packing": "packed"},
+        "conversation, 1": {"batch_size": 1, "packing": "conversation"},
     }
-    print("\n| SFT | tokens/s | s/step | against padded |\n|---|---|---|---|")
+    print(f"\n| SFT, {name} | tokens/s | s/step | against padded |\n|---|---|---|---|")
     baseline = 0.0
-    for number, (name, settings) in enumerate(ways.items()):
-        speed, seconds = tokens_per_second(rows, base, settings, scratch / f"sft{number}")
+    for number, (way, chosen) in enumerate(ways.items()):
+        settings = SFTSettings.model_validate({**shared, **chosen})
+        speed, seconds = tokens_per_second(rows, base, settings, base.with_name(f"{base.name}-sft{number}"))
         baseline = baseline or speed
-        print(f"| {name} | {speed:,.0f} | {seconds:.2f} | {speed / baseline:.2f} |")
+        print(f"| {way} | {speed:,.0f} | {seconds:.2f} | {speed / baseline:.2f} |", flush=True)
 
 
 def adapter(task: str) -> LoraConfig:
@@ -167,7 +170,7 @@ def hush() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=4, help="measured steps per way of batching (default: %(default)s)"
+        "--steps", type=int, default=2, help="measured steps per way of batching (default: %(default)s)"
     )
     parser.add_argument("--talks", type=int, default=24)
     args = parser.parse_args()
@@ -175,18 +178,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         data = talks(args.talks, random.Random(0))
-        rows, base = scratch / "rows.jsonl", make_base(data, scratch / "base")
+        rows = scratch / "rows.jsonl"
+        base, layer = make_base(data, SMALL, scratch / "small"), make_base(data, LAYER, scratch / "layer")
         write_rows(data, rows)
         lengths = sorted(
             len(row.ids) for row in encode_rows(load_tokenizer(base), data, max_length=8192, reply=reply_text)
         )
         middle, most = statistics.median(lengths), padding_factor(lengths, random.Random(0))
         print(f"{len(data)} rows of {lengths[0]} to {lengths[-1]} tokens, median {middle:.0f}: ", end="")
-        print(
-            f"batches of {BATCH} are {most:.2f} times as long padded, the most that packing can gain by tokens alone; "
-        )
+        print(f"batches of {BATCH} are {most:.2f} times as long padded")
         print(f"{torch.get_num_threads()} threads; Python {sys.version.split()[0]}, torch {torch.__version__}")
-        packing(rows, base, args.steps, lengths[-1], scratch)
+        packing("one layer of Qwen2.5-7B", rows, layer, steps=args.steps, longest=lengths[-1])
+        packing("5 million parameters", rows, base, steps=args.steps, longest=lengths[-1])
         print("\n| parameters of GRPO | three models, GB | shared base, GB | ratio |\n|---|---|---|---|")
         qwen = Qwen2Config(
             vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,

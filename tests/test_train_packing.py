@@ -21,8 +21,8 @@ from training_settings import SFT
 WHOLE = SFT.model_copy(update={"held_out_share": 0.0, "lora_dropout": 0.0, "max_steps": 1})
 
 
-def encoded(prompt: list[int], reply: list[int]) -> Encoded:
-    return Encoded(messages=(), prompt_ids=prompt, completion_ids=reply, dropped_turns=0)
+def encoded(prompt: list[int], reply: list[int], talk: tuple[str, int] = ("e", 0)) -> Encoded:
+    return Encoded(messages=(), prompt_ids=prompt, completion_ids=reply, dropped_turns=0, talk=talk)
 
 
 lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=40)

@@ -116,9 +116,11 @@ class SFTSettings(AdapterSettings):
 
     tuning: Literal["lora", "full"] = Field(default="lora")
     """`full` trains every weight and writes a whole model instead of an adapter."""
-    packing: Literal["none", "packed", "padding_free"] = Field(default="none")
+    packing: Literal["none", "packed", "padding_free", "conversation"] = Field(default="none")
     """`packed` puts short rows together into rows of up to `max_length` tokens, each attending to itself alone;
-    `padding_free` joins the rows of a batch instead of padding them to the longest. Both give the padded loss."""
+    `padding_free` joins the rows of a batch instead of padding them to the longest; `conversation` reads the rows of
+    one conversation together, what their prompts share once, and counts conversations in `batch_size`. All give the
+    padded loss."""
 
     @model_validator(mode="after")
     def _full_is_not_quantised(self) -> Self:
@@ -135,12 +137,15 @@ class RewardModelSettings(AdapterSettings):
     """Dimensions with an output of their own; empty means one output, the combined value."""
     loss: Literal["mse", "mse_ranking"] = Field(default="mse")
     """`mse_ranking` adds what pairs of a batch lack in distance: a hinge whose margin is the targets' difference."""
+    packing: Literal["none", "conversation"] = Field(default="none")
+    """`conversation` reads the rows of one conversation together, what their prompts share once, and counts
+    conversations in `batch_size`."""
     ranking_weight: float = Field(default=1.0, gt=0)
     """Weight of the pairs in `mse_ranking`; the squared error weighs 1."""
 
     @model_validator(mode="after")
     def _pairs_need_two(self) -> Self:
-        if self.loss == "mse_ranking" and self.batch_size < 2:
+        if self.loss == "mse_ranking" and self.packing == "none" and self.batch_size < 2:
             raise ValueError("loss: mse_ranking compares the rows of a batch; batch_size must be 2 or more")
         return self
 

@@ -35,6 +35,8 @@ class PromptLike(Protocol):
     def episode_id(self) -> str: ...
     @property
     def turn(self) -> int: ...
+    @property
+    def seat(self) -> int: ...
 
 
 class ReplyLike(PromptLike, Protocol):
@@ -64,12 +66,14 @@ class Encoded:
         messages: The prompt after truncation.
         dropped_turns: How many turns the truncation took.
         completion_ids: Empty for a row without a reply.
+        talk: Episode and seat, whose prompts grow from row to row.
     """
 
     messages: tuple[Message, ...]
     prompt_ids: list[int]
     completion_ids: list[int]
     dropped_turns: int
+    talk: tuple[str, int]
 
     @property
     def ids(self) -> list[int]:
@@ -144,8 +148,9 @@ def _fit(tokenizer: Tokenizer, row: PromptLike, whole: list[int], limit: int, co
     Args:
         whole: The ids of the whole prompt.
     """
+    talk = (row.episode_id, row.seat)
     if len(whole) <= limit:
-        return Encoded(tuple(row.prompt), whole, completion, 0)
+        return Encoded(tuple(row.prompt), whole, completion, 0, talk)
     cuts = [0, *history_cuts(row.prompt[-1].content, row.turn)]
     ids_at = {0: whole}
 
@@ -159,7 +164,8 @@ def _fit(tokenizer: Tokenizer, row: PromptLike, whole: list[int], limit: int, co
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if length(middle) <= limit else (middle, high)
-    return Encoded(tuple(shortened(row.prompt, cuts, high)), ids_at[high], completion, _turns_before(row, cuts[high]))
+    dropped = _turns_before(row, cuts[high])
+    return Encoded(tuple(shortened(row.prompt, cuts, high)), ids_at[high], completion, dropped, talk)
 
 
 def history_cuts(prompt: str, turn: int) -> list[int]:

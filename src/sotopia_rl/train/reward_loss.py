@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import Trainer
+
+from sotopia_rl.train.conversations import ENDS, ROW_TOKENS
 
 
 class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
@@ -25,13 +29,27 @@ class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss of a batch of ids, mask and labels [B, D]."""
-        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
-        predicted_BD = outputs.logits.float()
+        """The mean loss of a batch of ids, mask and labels [B, D]; or of conversations with the ends of B rows."""
+        given = {name: tensor for name, tensor in inputs.items() if name not in {"labels", ENDS, ROW_TOKENS}}
+        with every_score(model) as scores:
+            outputs = model(**given)
+        predicted_BD = (scores[0][tuple(inputs[ENDS].T)] if ENDS in inputs else outputs.logits).float()
         loss = functional.mse_loss(predicted_BD, inputs["labels"])
         if self.ranking_weight:
             loss = loss + self.ranking_weight * ranking_loss(predicted_BD, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def every_score(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The head's outputs [P, N, D], of which a sequence classifier's forward gives one for a row of the batch."""
+    scores: list[torch.Tensor] = []
+    heads = [module for name, module in model.named_modules() if name.endswith("score")]
+    hook = heads[0].register_forward_hook(lambda _module, _inputs, output: scores.append(output))
+    try:
+        yield scores
+    finally:
+        hook.remove()
 
 
 def ranking_loss(predicted_BD: torch.Tensor, targets_BD: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import (
     AutoModelForSequenceClassification,
@@ -28,6 +30,7 @@ from sotopia_rl.train.adapters import COMBINED, saver, write_base_note
 from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
+from sotopia_rl.train.conversations import ConversationPadding, conversation_padding, conversations
 from sotopia_rl.train.data import Encoded, divided
 from sotopia_rl.train.folder import claim, fingerprints, write_json
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, only_errors, trainer_arguments
@@ -87,9 +90,9 @@ def train_reward_model(
                 prediction_loss_only=True,
                 remove_unused_columns=False,
             ),
-            train_dataset=target_rows(data.train_rows, train_targets),
-            eval_dataset=target_rows(data.eval_rows, eval_targets) if data.eval_rows else None,
-            data_collator=TargetPadding(tokenizer.pad_token_id),
+            train_dataset=rows_with_targets(data.train_rows, train_targets, settings),
+            eval_dataset=rows_with_targets(data.eval_rows, eval_targets, settings) if data.eval_rows else None,
+            data_collator=collator(model.config, tokenizer.pad_token_id, settings),
             ranking_weight=settings.ranking_weight if settings.loss == "mse_ranking" else 0.0,
         )
         watch = KeepBest(run, saver(model), patience=settings.patience)
@@ -111,6 +114,22 @@ def train_reward_model(
     }
     conclude(run, adapter, settings, paths, facts)
     return adapter
+
+
+def rows_with_targets(
+    encoded: Sequence[Encoded], values: Sequence[Sequence[float]], settings: RewardModelSettings
+) -> Dataset:
+    """The rows as the trainer takes them, those of a conversation together where the settings say so."""
+    if settings.packing == "conversation":
+        return conversations(encoded, settings.max_length, values)
+    return target_rows(encoded, values)
+
+
+def collator(config: Any, pad_token_id: int, settings: RewardModelSettings) -> TargetPadding | ConversationPadding:
+    """What makes tensors of `rows_with_targets`."""
+    if settings.packing == "conversation":
+        return conversation_padding(config, pad_token_id)
+    return TargetPadding(pad_token_id)
 
 
 def names_of(dimensions: Sequence[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from sotopia_rl.train.adapters import saver, write_base_note
 from sotopia_rl.train.batches import language_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import SFTSettings
+from sotopia_rl.train.conversations import ROW_TOKENS, conversation_padding, conversations
 from sotopia_rl.train.data import Encoded, divided
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments
@@ -29,6 +30,18 @@ METRIC_NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accura
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped here
     """SFTTrainer without the model card in every checkpoint."""
+
+    _total_train_tokens: int
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which takes what a mask shows for the number of tokens."""
+        tokens = inputs.pop(ROW_TOKENS, None)
+        before = self._total_train_tokens
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if tokens is not None and model.training:
+            self._total_train_tokens = before + self.accelerator.gather_for_metrics(tokens.sum()).sum().item()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Cards are written once, beside the result."""
@@ -88,17 +101,20 @@ def make_trainer(
     train_rows: list[Encoded],
     eval_rows: list[Encoded],
 ) -> SFTTrainer:
+    together = settings.packing == "conversation"
     return _Trainer(
         model=model,
         args=SFTConfig(
             **trainer_arguments(settings, run, evaluate=bool(eval_rows)),
             max_length=settings.max_length if settings.packing == "packed" else None,
             packing=settings.packing == "packed",
-            padding_free=settings.packing != "none",
+            padding_free=settings.packing in ("packed", "padding_free"),
+            remove_unused_columns=not together,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=training_rows(train_rows, settings),
-        eval_dataset=language_rows(eval_rows) if eval_rows else None,
+        eval_dataset=held_out_rows(eval_rows, settings) if eval_rows else None,
+        data_collator=conversation_padding(model.config, tokenizer.pad_token_id) if together else None,
         processing_class=tokenizer,
         peft_config=lora_config(settings, "CAUSAL_LM") if settings.tuning == "lora" else None,
     )
@@ -106,7 +122,13 @@ def make_trainer(
 
 def training_rows(encoded: list[Encoded], settings: SFTSettings) -> Dataset:
     """The rows, several to one where they are packed: whole, and with their lengths, which set their limits."""
-    rows = language_rows(encoded)
     if settings.packing != "packed":
-        return rows
-    return pack_dataset(rows.shuffle(settings.seed), settings.max_length, "bfd")
+        return held_out_rows(encoded, settings)
+    return pack_dataset(language_rows(encoded).shuffle(settings.seed), settings.max_length, "bfd")
+
+
+def held_out_rows(encoded: list[Encoded], settings: SFTSettings) -> Dataset:
+    """The rows, those of a conversation together where the settings say so, never packed otherwise."""
+    if settings.packing == "conversation":
+        return conversations(encoded, settings.max_length)
+    return language_rows(encoded)
