@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, masking_utils
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -131,6 +131,24 @@ def test_packed_rows_are_collated_without_a_mask_and_with_their_own_positions() 
 def test_rows_that_are_ready_are_not_prepared_again() -> None:
     source = inspect.getsource(SFTTrainer.__init__)
     assert 'args.dataset_kwargs.get("skip_prepare_dataset", False)' in source, TRL_CHANGED + "skip_prepare_dataset"
+
+
+def test_tokens_are_counted_by_the_mask_that_the_model_is_given() -> None:
+    source = inspect.getsource(SFTTrainer.compute_loss)
+    for piece in (
+        'self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()',
+        "self._total_train_tokens += num_tokens_in_batch",
+        'self._metrics[mode]["num_tokens"] = [self._total_train_tokens]',
+        "outputs = model(**inputs, fused_lm_head=True)",
+    ):
+        assert piece in source, TRL_CHANGED + f"{piece!r} in SFTTrainer.compute_loss"
+
+
+def test_a_mask_of_four_axes_is_taken_as_it_is() -> None:
+    source = inspect.getsource(masking_utils._preprocess_mask_arguments)
+    assert "len(attention_mask.shape) == 4:\n        return True, attention_mask" in source, (
+        "transformers changed how a mask of four axes is taken (_preprocess_mask_arguments)"
+    )
 
 
 def test_a_loss_of_our_own_is_divided_by_the_accumulation_steps() -> None:
