@@ -1,5 +1,6 @@
 """Things that several test modules share and that take a while to make; torch is imported only when they are used."""
 
+import gc
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,22 @@ import training_rows
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a trained model come first: xdist hands out runs of neighbours, so one worker trains it."""
+    items.sort(key=lambda item: "base" not in item.fixturenames)
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Torch and its relatives are a million objects that live for good; the collector need not walk them each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
