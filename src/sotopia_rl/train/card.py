@@ -159,6 +159,7 @@ def _telling(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE}
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
