@@ -134,14 +134,12 @@ def test_help_is_fast_and_does_not_load_torch() -> None:
         "print('SECONDS', time.process_time() - start, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     environment = {**os.environ, "COLUMNS": "100"}
-    runs = [
-        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment)
-        for _ in range(3)
-    ]
-    seconds = []
-    for run in runs:
-        _, time, *loaded = run.stdout.split("\n")[-2].split()
+    for _ in range(3):  # a busy machine is slow once, a slow command each time
+        command = [sys.executable, "-c", program]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        _, seconds, *loaded = run.stdout.split("\n")[-2].split()
         assert loaded == ["False", "False"]
-        seconds.append(float(time))
-    assert "grpo" in runs[0].stdout
-    assert min(seconds) < 0.8
+        assert "grpo" in run.stdout
+        if float(seconds) < 0.8:
+            break
+    assert float(seconds) < 0.8

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -87,6 +88,7 @@ def shell_lines() -> list[str]:
     return [line.split("#")[0].strip().removeprefix("$ ") for line in lines]
 
 
+@functools.cache
 def documented_flags() -> dict[str, set[str]]:
     """Flags used in the documentation, by command."""
     flags: dict[str, set[str]] = {}

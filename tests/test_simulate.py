@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line import call
 from faulty_server import FaultyServer, reply
 from sotopia_rl import sandbox
 from sotopia_rl.episode import ACTION_TYPES, Action, AgentSpec, Usage, sha256_text
@@ -276,11 +277,11 @@ def test_a_resumed_run_plays_what_is_missing_and_retries_the_failed_only_when_to
 # The command, interrupted
 
 
-def command(server, store, *more):
+def simulation(server, store):
     agent = f"custom/any@{server.url}"
     play_few = ["--manifest", "sandbox-train", "--count", "12", "--agent1", agent, "--agent2", agent, "--tag", "t"]
     settings = ["--store", str(store), "--concurrency", "2", "--max-turns", "4"]
-    return [sys.executable, "-m", "sotopia_rl.cli", "simulate", *play_few, *settings, *more]
+    return ["simulate", *play_few, *settings]
 
 
 def records(store: Path):
@@ -308,7 +309,8 @@ def stalling(released, *, after):
 
 def interrupted(server, store, how):
     """Start the command, interrupt it when three episodes are stored, and return its exit code and stderr."""
-    process = subprocess.Popen(command(server, store), stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "sotopia_rl.cli", *simulation(server, store)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (store.exists() and len(stored_ids(store)) >= 3):
         assert time.monotonic() < deadline, "the command stored nothing"
@@ -342,8 +344,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_records_of_an_unbroken_one
             assert code == 130
             assert said.strip().splitlines()[-1] == "sotopia-rl: stopped; the same command goes on from here"
             assert "Traceback" not in said
-        subprocess.run(command(server, tmp_path / "broken.db"), check=True, capture_output=True)
-        subprocess.run(command(server, tmp_path / "whole.db"), check=True, capture_output=True)
+        assert call(*simulation(server, tmp_path / "broken.db")) == 0
+        assert call(*simulation(server, tmp_path / "whole.db")) == 0
     after = records(tmp_path / "broken.db")
     assert after == records(tmp_path / "whole.db")
     assert len(after) == 12
