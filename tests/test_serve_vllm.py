@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from real_vllm import SMOLLM2, needs_smollm2, needs_vllm, on_cpu
+from real_vllm import needs_smollm2, needs_vllm, on_cpu
 from sotopia_rl.cli import main
 from sotopia_rl.episode import Sampling
 from sotopia_rl.errors import ConfigError, ModelCallError, ServingError
+from sotopia_rl.llm import smollm2
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import open_model
 from sotopia_rl.models import Message
@@ -237,15 +238,16 @@ CPU = on_cpu(chunked_prefill=False)
 @needs_smollm2
 def test_the_real_vllm_serves_adapters_that_come_and_go_and_says_what_a_process_here_says(tmp_path, monkeypatch):
     """Greedy replies of base and adapters equal transformers' own; a seed repeats a sampled one; a kill is told."""
+    base = smollm2.cached()
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     for seed, name in enumerate(("one", "two")):
-        save_adapter(SMOLLM2, tmp_path / name, seed=seed)
-    server = VLLMServer(SMOLLM2, {"one": tmp_path / "one"}, CPU, log=tmp_path / "vllm.log").__enter__()
+        save_adapter(base, tmp_path / name, seed=seed)
+    server = VLLMServer(base, {"one": tmp_path / "one"}, CPU, log=tmp_path / "vllm.log").__enter__()
     try:
-        assert said(server.model()) == said(f"local/{SMOLLM2}")
-        assert said(server.model("one")) == said(f"local/{SMOLLM2}:{tmp_path / 'one'}")
+        assert said(server.model()) == said(f"local/{base}")
+        assert said(server.model("one")) == said(f"local/{base}:{tmp_path / 'one'}")
         server.load_adapter("two", tmp_path / "two")
-        assert said(server.model("two")) == said(f"local/{SMOLLM2}:{tmp_path / 'two'}")
+        assert said(server.model("two")) == said(f"local/{base}:{tmp_path / 'two'}")
         server.load_adapter("one", tmp_path / "two")
         assert said(server.model("one")) == said(server.model("two"))
         server.unload_adapter("two")

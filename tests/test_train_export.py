@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from real_vllm import SMOLLM2, needs_smollm2, needs_vllm, on_cpu
+from real_vllm import needs_smollm2, needs_vllm, on_cpu
 from sotopia_rl.dataset import RewardRow, read_rows
+from sotopia_rl.llm import smollm2
 from sotopia_rl.serve.best_of_n import BestOfNSettings
 from sotopia_rl.serve.run import open_reward_model
 from sotopia_rl.serve.vllm import VLLMServer
@@ -39,6 +40,7 @@ def test_the_adapter_has_the_keys_that_peft_and_vllm_look_for(base: Path, reward
 @needs_vllm
 @needs_smollm2
 def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = smollm2.cached()
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     rows = rows_file(tmp_path / "rows", episodes=3)
     short = {
@@ -49,10 +51,10 @@ def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, mon
         "save_every": 1,
         "held_out_share": 0.3,
     }
-    adapter = train_reward_model(rows, SMOLLM2, RM.model_copy(update=short), tmp_path / "rm")
-    tokenizer = load_tokenizer(SMOLLM2)
+    adapter = train_reward_model(rows, base, RM.model_copy(update=short), tmp_path / "rm")
+    tokenizer = load_tokenizer(base)
     encoded = encode_rows(tokenizer, list(read_rows(RewardRow, rows))[:6], max_length=512, reply=reply_text)
-    model = load_reward_model(SMOLLM2, adapter, tokenizer, RM.model_copy(update=short))
+    model = load_reward_model(base, adapter, tokenizer, RM.model_copy(update=short))
     here = torch.tensor(predict(model, encoded, tokenizer.pad_token_id, batch_size=3))
     del model
     pairs = [(tuple(row.prompt_ids), tuple(row.completion_ids)) for row in encoded]
@@ -60,8 +62,8 @@ def test_a_vllm_pooling_server_scores_as_the_model_does_here(tmp_path: Path, mon
     assert (here - torch.tensor(loaded.score(pairs))).abs().max() < 1e-4
     assert loaded.outputs == ("goal", "relationship")
     del loaded
-    with VLLMServer(SMOLLM2, {"rm": adapter}, on_cpu(task="reward"), log=tmp_path / "vllm.log") as server:
-        served = open_reward_model(server.model("rm"), BestOfNSettings(), base=SMOLLM2)
+    with VLLMServer(base, {"rm": adapter}, on_cpu(task="reward"), log=tmp_path / "vllm.log") as server:
+        served = open_reward_model(server.model("rm"), BestOfNSettings(), base=base)
         there = torch.tensor(served.score(pairs))
     assert served.outputs == ("output_0", "output_1")  # a server does not say their names
     assert here.abs().max() > 1e-3  # the head has moved from zero

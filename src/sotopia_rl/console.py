@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sotopia_rl.episode import Episode, EpisodeStatus, Rating, Seat, Turn, UtteranceReward
+from sotopia_rl.episode import Episode, EpisodeStatus, Rating, Seat, Turn, Usage, UtteranceReward
 from sotopia_rl.observe import goal_text, scenario_text
 from sotopia_rl.stages import Tally, Watch
 
@@ -63,14 +63,15 @@ def bars() -> Iterator[Watch]:
 
 def detail(tally: Tally) -> str:
     """Failures by cause, calls, tokens and cost, in a few words."""
-    causes = ", ".join(f"{kind} {count}" for kind, count in sorted(tally.failed.items()))
-    parts = [causes] if causes else []
-    if tally.usage.calls:
-        tokens = tally.usage.prompt_tokens + tally.usage.completion_tokens
-        parts.append(f"{tally.usage.calls} calls, {_short(tokens)} tokens")
-    if tally.usage.cost_usd:
-        parts.append(f"${tally.usage.cost_usd:.2f}")
-    return tally.note or "; ".join(parts)
+    return tally.note or "; ".join(part for part in (tally.causes, used(tally.usage)) if part)
+
+
+def used(usage: Usage) -> str:
+    """Calls, tokens and cost; nothing where no model was asked."""
+    if not usage.calls:
+        return ""
+    cost = f"; ${usage.cost_usd:.2f}" if usage.cost_usd else ""
+    return f"{usage.calls} calls, {_short(usage.prompt_tokens + usage.completion_tokens)} tokens{cost}"
 
 
 def _short(number: int) -> str:

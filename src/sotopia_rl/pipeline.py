@@ -11,6 +11,7 @@ redone in `experiment.py`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,9 @@ from typing import Any
 from sotopia_rl import steps
 from sotopia_rl.attribute import METHODS
 from sotopia_rl.config import Config
-from sotopia_rl.experiment import Experiment, Stage
+from sotopia_rl.experiment import DONE, Experiment, Stage
+from sotopia_rl.llm.folders import check_model_folder
+from sotopia_rl.llm.open import ModelPool, resolve_model_folder
 from sotopia_rl.steps import Run
 from sotopia_rl.train.folder import FREE
 
@@ -47,6 +50,40 @@ class Graph:
 def build(experiment: Experiment, run: Run) -> Graph:
     """All stages of an experiment, the report last."""
     return _Builder(experiment, run).graph
+
+
+def check_models(e: Experiment, run: Run) -> None:
+    """Open every model that the experiment names, without asking it anything, and look at its base model.
+
+    Raises:
+        ConfigError: A model string is wrong, its key or price is missing, or a folder is no model.
+        MissingExtraError: One needs an optional dependency.
+    """
+    arms = [e.arm(name) for name in e.arms]
+    asking = [arm for arm in arms if arm.reward.granularity == "utterance" and METHODS[arm.annotate.method].asks]
+    names = {*e.cast.speakers, *e.evaluate.partners, e.judge_model, *(arm.annotator_model for arm in asking)}
+
+    async def open_all(pool: ModelPool) -> None:
+        for name in sorted(names):
+            pool.get(name)
+
+    run.with_models(open_all)
+    if e.base.path is not None:
+        check_model_folder(resolve_model_folder(e.base.path))
+
+
+def reopen_failed(graph: Graph, stages: Path) -> None:
+    """Mark stages in which something failed as unfinished, and remove whatever was made of their results."""
+    again: set[str] = set()
+    for stage in graph.stages.values():
+        folder = stage.folder(stages)
+        if any(source.key in again for source in stage.inputs.values()):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif steps.has_failures(folder):
+            (folder / DONE).unlink(missing_ok=True)
+        else:
+            continue
+        again.add(stage.key)
 
 
 def _dump(config: Config) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from sotopia_rl.episode import (
     UtteranceReward,
     other,
 )
-from sotopia_rl.errors import DataError
+from sotopia_rl.errors import DataError, SotopiaRLError
 from sotopia_rl.files import read_text, write_lines, write_text
 from sotopia_rl.judge import JudgeConfig, judge_all
 from sotopia_rl.llm.open import ModelPool
@@ -55,6 +55,8 @@ class Tally:
     """Finished by an earlier call."""
     failed: Counter[str] = field(default_factory=Counter)
     """By cause."""
+    messages: dict[str, str] = field(default_factory=dict)
+    """What the newest failure of each cause said."""
     usage: Usage = field(default_factory=Usage)
     stopped: str = ""
     """Why not everything was tried: the endpoint was given up, or the spend cap reached."""
@@ -66,12 +68,32 @@ class Tally:
         self.usage += usage
         if failure is not None:
             self.failed[failure.kind] += 1
+            self.messages[failure.kind] = failure.message
+
+    @property
+    def causes(self) -> str:
+        """Failures by cause."""
+        return ", ".join(f"{kind} {count}" for kind, count in sorted(self.failed.items()))
+
+    def require(self, *, some: bool = True) -> None:
+        """Make sure that there is something to go on with.
+
+        Args:
+            some: At least one item must have succeeded, if any was tried.
+
+        Raises:
+            SotopiaRLError: Not every item was tried, or every one failed.
+        """
+        if self.stopped:
+            raise SotopiaRLError(f"stopped after {self.done} of {self.total} {self.stage}: {self.stopped}")
+        if some and self.done and self.failed.total() == self.done:
+            worst, _ = self.failed.most_common(1)[0]
+            raise SotopiaRLError(f"all {self.done} {self.stage} failed, {worst} most often: {self.messages[worst]}")
 
     def __str__(self) -> str:
-        causes = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failed.items()))
-        parts = [f"{self.done} of {self.total} {self.stage}"]
+        parts = [f"{self.done - self.failed.total()} of {self.total} {self.stage}"]
         parts += [f"{self.skipped} were there already"] if self.skipped else []
-        parts += [f"failed: {causes}"] if causes else []
+        parts += [f"failed: {self.causes}"] if self.failed else []
         return "; ".join(parts)
 
 
@@ -116,7 +138,7 @@ async def simulate_into(
     retry_failed: bool = False,
 ) -> Tally:
     """Play the pairings that the store lacks and add each episode as it ends, failed ones included."""
-    present = set(store.ids(EpisodeQuery(tag=tag, status="completed" if retry_failed else None)))
+    present = played_ids(store, tag, retry_failed=retry_failed)
     missing = [p for p in pairings if episode_id(p, tag=tag, config=config) not in present]
     tally = Tally("episodes", total=len(missing), skipped=len(pairings) - len(missing))
     watch(tally)
@@ -126,6 +148,13 @@ async def simulate_into(
             tally.add(episode.failure, episode.usage)
             watch(tally)
     return tally
+
+
+def played_ids(store: EpisodeStore, tag: str, *, retry_failed: bool = False) -> set[str]:
+    """Episodes that need not be played: all but those that were cancelled, or only the completed ones."""
+    if retry_failed:
+        return set(store.ids(EpisodeQuery(tag=tag, status="completed")))
+    return set(store.ids(EpisodeQuery(tag=tag))) - set(store.ids(EpisodeQuery(tag=tag, status="cancelled")))
 
 
 async def judge_into(

@@ -7,6 +7,7 @@ here it is only fed and its results are put in place.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ from sotopia_rl.stages import Watch
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
 from sotopia_rl.train.folder import read_metrics
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Inputs = Mapping[str, Path]
 """Folders of a step's inputs, by the names that `pipeline.py` gives them."""
@@ -62,11 +65,13 @@ class Run:
         watch: Is told of progress.
         limits: What calls to models may take.
         budget: What they may cost, over all steps.
+        retry_failed: Play again what failed.
     """
 
     watch: Watch
     limits: ModelLimits
     budget: Budget
+    retry_failed: bool = False
 
     def with_models(self, work: Callable[[ModelPool], Awaitable[T]]) -> T:
         """Run `work` with a pool of models."""
@@ -81,6 +86,15 @@ def _steps(run: Run, stage: str) -> stages.StepWatch:
 def _store(folder: Path) -> Iterator[EpisodeStore]:
     with closing(open_store(folder / "store.db")) as store:
         yield store
+
+
+def has_failures(folder: Path) -> bool:
+    """Whether something failed in a stage's folder: an episode, a judgement, an attribution."""
+    if not (folder / "store.db").is_file():
+        return False
+    with _store(folder) as store:
+        unplayed = sum(store.count(EpisodeQuery(status=status)) for status in STATUSES if status != "completed")
+        return unplayed > 0 or any(True for kind in ("judge", "annotate") for _ in store.failures(kind))
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -120,16 +134,26 @@ def simulate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 def _play(run: Run, out: Path, pairings: Sequence[Pairing], *, tag: str, rules: SimulateConfig) -> None:
     """Raises `DataError` where no episode comes to its end: there is nothing to go on with."""
     with _store(out) as store:
-        run.with_models(
-            lambda pool: stages.simulate_into(store, pairings, pool.get, tag=tag, config=rules, watch=run.watch)
+        tally = run.with_models(
+            lambda pool: stages.simulate_into(
+                store, pairings, pool.get, tag=tag, config=rules, watch=run.watch, retry_failed=run.retry_failed
+            )
         )
+        _settle(tally)
         if not store.count(COMPLETED):
             raise DataError(f"none of the {len(pairings)} episodes was completed; see {out / 'store.db'}")
 
 
+def _settle(tally: stages.Tally, *, some: bool = True) -> None:
+    """Say what failed; raise where the stage cannot count as finished."""
+    tally.require(some=some and not tally.skipped)
+    for kind, message in tally.messages.items():
+        logger.warning("%s of %s %s failed (%s): %s", tally.failed[kind], tally.total, tally.stage, kind, message)
+
+
 def judge(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     with _store(inputs["simulate"]) as episodes, _store(out) as ratings:
-        run.with_models(
+        tally = run.with_models(
             lambda pool: stages.judge_into(
                 episodes,
                 ratings,
@@ -140,6 +164,7 @@ def judge(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
                 watch=run.watch,
             ),
         )
+    _settle(tally)
 
 
 SOURCES = (("simulate", "judge", "annotate"), ("explore", "explore judge", "explore annotate"))
@@ -174,7 +199,7 @@ def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     with _store(inputs["judge"]) as ratings:
         total = len(ratings.rated_ids(e.judge_model))
     with _store(out) as store:
-        run.with_models(
+        tally = run.with_models(
             lambda pool: stages.annotate_into(
                 rated(e, inputs),
                 store,
@@ -185,6 +210,7 @@ def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
                 watch=run.watch,
             ),
         )
+    _settle(tally)
 
 
 def reward(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
@@ -314,7 +340,7 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, _partners(e))]
 
     with _store(out) as store:
-        run.with_models(
+        tallies = run.with_models(
             lambda pool: stages.play_and_judge(
                 pool,
                 store,
@@ -324,8 +350,12 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
                 simulate=_panel_rules(e),
                 judging=e.judge,
                 watch=run.watch,
+                retry_failed=run.retry_failed,
             ),
         )
+    played, judged = tallies
+    _settle(played, some=False)  # what a system fails at is part of its result
+    _settle(judged)
 
 
 def compare(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:

@@ -27,6 +27,7 @@ def run(
     profiles: Path | None = None,
     seed: int | None = None,
     resume: bool = True,
+    retry_failed: bool = False,
 ) -> None:
     """Run an experiment file, stage by stage.
 
@@ -47,6 +48,8 @@ def run(
         Seed of every stage that does not set its own.
     resume
         Go on with stages that were interrupted; --no-resume starts those again.
+    retry_failed
+        Try again what failed in finished stages, and redo whatever was made of their results.
     """
     overrides: dict[str, Any] = {}
     if profiles is not None:
@@ -54,7 +57,7 @@ def run(
     if seed is not None:
         overrides["seed"] = seed
     loaded = load_experiment(experiment, overrides=overrides)
-    execute(loaded, output or Path("runs") / loaded.name, stages, resume=resume)
+    execute(loaded, output or Path("runs") / loaded.name, stages, resume=resume, retry_failed=retry_failed)
 
 
 def quickstart(*, output: Path = Path("runs/quickstart"), seed: int | None = None, resume: bool = True) -> None:
@@ -77,15 +80,22 @@ def quickstart(*, output: Path = Path("runs/quickstart"), seed: int | None = Non
 
 
 def execute(
-    experiment: Experiment, root: Path, stages: Path | None, *, resume: bool, only_report: bool = False
+    experiment: Experiment,
+    root: Path,
+    stages: Path | None,
+    *,
+    resume: bool,
+    retry_failed: bool = False,
+    only_report: bool = False,
 ) -> None:
     """Run every stage of an experiment that has not finished, then show what came out.
 
     Raises:
+        ConfigError: A model that a later stage needs cannot be opened.
         DataError: `only_report`, and a stage before the report has not finished.
     """
     from sotopia_rl.llm.limits import Budget
-    from sotopia_rl.pipeline import build
+    from sotopia_rl.pipeline import build, check_models, reopen_failed
     from sotopia_rl.report import results_table
     from sotopia_rl.results import load_results
     from sotopia_rl.steps import Run
@@ -94,7 +104,13 @@ def execute(
     stages = stages or root / "stages"
     write_text(root / "experiment.yaml", yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
     with bars() as watch:
-        graph = build(experiment, Run(watch, experiment.limits, Budget(experiment.limits.max_spend_usd)))
+        budget = Budget(experiment.limits.max_spend_usd)
+        shared = Run(watch, experiment.limits, budget, retry_failed=retry_failed)
+        if not only_report:
+            check_models(experiment, shared)
+        graph = build(experiment, shared)
+        if retry_failed:
+            reopen_failed(graph, stages)
         for number, stage in enumerate(graph.stages.values(), start=1):
             with timed() as seconds:
                 if only_report and stage.name != "report" and not is_done(stage, stages):

@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 
 from sotopia_rl import sandbox
 from sotopia_rl.config import Config, parse_config, read_yaml
-from sotopia_rl.console import detail, err
-from sotopia_rl.errors import ConfigError, SotopiaRLError
+from sotopia_rl.console import err, used
+from sotopia_rl.errors import ConfigError
 from sotopia_rl.manifest import Manifest, manifest_from
 from sotopia_rl.profiles import SELECTIONS, load_profiles, selected_matches
 from sotopia_rl.stages import Tally
@@ -61,10 +61,9 @@ def finish(*tallies: Tally, failures: Literal["refuse", "count"] = "refuse") -> 
         SotopiaRLError: Every item failed, or not every item was tried.
     """
     for tally in tallies:
-        extra = detail(tally)
+        extra = used(tally.usage)
         err.print(str(tally) + (f" ({extra})" if extra else ""), markup=False, soft_wrap=True)
+        for kind, message in sorted(tally.messages.items()):
+            err.print(f"  {kind}: {message}", markup=False, soft_wrap=True)
     for tally in tallies:
-        if tally.stopped:
-            raise SotopiaRLError(f"stopped after {tally.done} of {tally.total} {tally.stage}: {tally.stopped}")
-        if failures == "refuse" and tally.done and sum(tally.failed.values()) == tally.done:
-            raise SotopiaRLError(f"all {tally.done} {tally.stage} failed")
+        tally.require(some=failures == "refuse")
