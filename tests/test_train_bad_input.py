@@ -133,7 +133,7 @@ def test_a_reward_model_below_the_gate_is_refused(
     code, line = refused(capsys, "grpo", "--prompts", rows, "--base", base, *paths, "--gate-min-spearman", "1")
     assert code == 1
     assert "Spearman correlation" in line
-    assert "is below 1.0; train a better one, or set gate_min_spearman: null" in line
+    assert "is below 1.0; train a better one, or switch the gate off (gate_min_spearman: null)" in line
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm"])

@@ -18,14 +18,21 @@ def make_checkpoint(run: RunFolder, step: int, *, complete: bool) -> Path:
 
 
 def test_a_run_goes_on_only_under_its_own_settings_and_inputs(tmp_path: Path) -> None:
-    claim(tmp_path, "sft", SFTSettings(), {"rows": "abc"}, resume=True)
-    with pytest.raises(ConfigError, match=r"settings.max_steps was 500, now 7; inputs.rows was 'abc', now 'abd'"):
+    claim(tmp_path, "sft", SFTSettings(), {"rows": "abc"}, resume=True).append_metrics(1, {})
+    with pytest.raises(ConfigError, match=r"settings.max_steps was 500, now 7; rows is not what it was"):
         claim(tmp_path, "sft", SFTSettings(max_steps=7), {"rows": "abd"}, resume=True)
     claim(tmp_path, "sft", SFTSettings(), {"rows": "abc"}, resume=True)
 
 
+def test_a_run_that_was_refused_before_its_first_step_may_be_asked_anew(tmp_path: Path) -> None:
+    claim(tmp_path, "sft", SFTSettings(max_length=64), {"base": "wrong"}, resume=True)
+    run = claim(tmp_path, "sft", SFTSettings(max_length=128), {"base": "right"}, resume=True)
+    assert json.loads(run.settings_file.read_text())["settings"]["max_length"] == 128
+
+
 def test_an_unfinished_run_is_not_started_over_by_accident(tmp_path: Path) -> None:
     run = claim(tmp_path, "sft", SFTSettings(), {}, resume=False)
+    run.append_metrics(1, {})
     with pytest.raises(TrainingError, match="unfinished run; resume it"):
         claim(tmp_path, "sft", SFTSettings(), {}, resume=False)
     run.finish({})
@@ -34,6 +41,7 @@ def test_an_unfinished_run_is_not_started_over_by_accident(tmp_path: Path) -> No
 
 def test_a_torn_settings_file_is_named(tmp_path: Path) -> None:
     run = claim(tmp_path, "sft", SFTSettings(), {}, resume=True)
+    run.append_metrics(1, {})
     run.settings_file.write_text('{"stage": "sf')
     with pytest.raises(DataError, match=r"settings\.json: cannot be read"):
         claim(tmp_path, "sft", SFTSettings(), {}, resume=True)

@@ -100,7 +100,7 @@ def test_prompts_read_once_give_trls_log_probabilities_and_gradients(
 
 def comparable(path: Path) -> list[dict[str, object]]:
     """Metrics without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in ("seconds", "num_tokens")} for line in read_metrics(path)]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(path)]
 
 
 def test_only_the_policy_moves(rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_collapse_before_anything_is_worth_keeping_is_an_error(
 ) -> None:
     update = {"on_collapse": "stop", "min_validity": 1.0, "max_steps": 9, "eval_every": 50}
     settings = GRPO.model_copy(update=update)
-    with pytest.raises(TrainingError, match=r"step 5: the policy collapsed: validity below 1.0"):
+    with pytest.raises(TrainingError, match=r"step 5: .*validity below 1.0.*cut off: raise max_completion_length \(8\)"):
         train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path)
 
 

@@ -47,7 +47,7 @@ def run(stage: str, inputs: list[Path], out: Path, *, kill_at: int | None = None
 
 
 def comparable(path: Path) -> list[dict[str, object]]:
-    skipped = ("runtime", "per_second", "num_tokens", "seconds")
+    skipped = ("runtime", "per_second", "seconds")
     return [{k: v for k, v in line.items() if not any(s in k for s in skipped)} for line in read_metrics(path)]
 
 

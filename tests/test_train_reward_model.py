@@ -172,9 +172,16 @@ def test_an_adapter_of_another_base_is_refused_naming_both(base: Path, sft_adapt
     other.mkdir()
     (other / "config.json").write_text("{}")
     with pytest.raises(TrainingError, match=f"trained on the base {base}, not on {other}"):
-        check_base(sft_adapter, other)
+        check_base(sft_adapter, other, task="CAUSAL_LM")
     with pytest.raises(DataError, match="no adapter"):
-        check_base(base, base)
+        check_base(base, base, task="CAUSAL_LM")
+
+
+def test_an_adapter_for_another_task_is_refused(base: Path, sft_adapter: Path, reward_adapter: Path) -> None:
+    with pytest.raises(DataError, match="not a policy; it was made for SEQ_CLS"):
+        check_base(reward_adapter, base, task="CAUSAL_LM")
+    with pytest.raises(DataError, match="not a reward model; it was made for CAUSAL_LM"):
+        check_base(sft_adapter, base, task="SEQ_CLS")
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(base: Path, sft_adapter: Path) -> None:

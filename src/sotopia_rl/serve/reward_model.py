@@ -115,7 +115,7 @@ def load_reward_model(
 def _load_adapter(path: Path, base: Path, settings: TrainerSettings) -> tuple[Any, PreTrainedTokenizerBase]:
     outputs = reward_outputs(path)
     tokenizer = load_tokenizer(base, template_of(path))
-    check_base(path, base)
+    check_base(path, base, task="SEQ_CLS")
     classifier = load_classifier(base, tokenizer, settings, outputs=outputs)
     return PeftModel.from_pretrained(classifier, path).merge_and_unload().eval(), tokenizer
 

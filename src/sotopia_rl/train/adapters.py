@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -41,15 +41,21 @@ def write_base_note(adapter: Path, base: Path) -> None:
         write_json(adapter / BASE_NOTE, {"path": str(base), "fingerprint": fingerprint(base)})
 
 
-def check_base(adapter: Path, base: Path) -> None:
+def check_base(adapter: Path, base: Path, *, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> None:
     """Make sure that an adapter belongs to this base.
 
+    Args:
+        task: What it must have been made for: text (the policy) or scores (the reward model).
+
     Raises:
-        DataError: There is no adapter in the folder.
+        DataError: There is no adapter in the folder, or one for another task.
         TrainingError: It was trained on another base; both are named.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise DataError(f"{adapter}: no adapter (it has no adapter_config.json)")
+    if (made_for := read_json(adapter / "adapter_config.json").get("task_type")) not in {task, None}:
+        wanted = "a policy" if task == "CAUSAL_LM" else "a reward model"
+        raise DataError(f"{adapter}: not {wanted}; it was made for {made_for}")
     note = adapter / BASE_NOTE
     if note.is_file():
         trained_on = read_json(note)
@@ -118,7 +124,7 @@ def check_template(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def load_policy(base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, settings: TrainerSettings) -> PeftModel:
     """The base with the policy's adapter, trainable. Errors as `check_base` and `load_base`."""
-    check_base(adapter, base)
+    check_base(adapter, base, task="CAUSAL_LM")
     model = load_base(base, tokenizer, settings)
     return PeftModel.from_pretrained(model, adapter, adapter_name=POLICY, is_trainable=True)
 

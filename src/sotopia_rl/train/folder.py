@@ -70,6 +70,11 @@ class RunFolder:
         return self.path / "best"
 
     @property
+    def started(self) -> bool:
+        """Whether there is anything to lose; a run that was refused before its first step may be asked anew."""
+        return self.settings_file.is_file() and (self.finished or self.metrics_file.is_file())
+
+    @property
     def finished(self) -> bool:
         return (self.path / "finished.json").is_file()
 
@@ -139,7 +144,7 @@ def claim(path: Path, stage: str, settings: Config, inputs: Mapping[str, str], *
 
 
 def _claim(run: RunFolder, asked: Mapping[str, Any], *, resume: bool) -> None:
-    if run.settings_file.is_file():
+    if run.started:
         if changes := differences(_binding(read_json(run.settings_file)), _binding(asked)):
             raise ConfigError(f"{run.path}: holds a run with other settings: {'; '.join(changes)}; use another folder")
         if not run.finished and not resume:
@@ -165,7 +170,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = [*old, *(key for key in new if key not in old)]
         nested = [differences(old.get(k), new.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
         return [phrase for phrases in nested for phrase in phrases]
-    return [] if old == new else [f"{name} was {_short(old)}, now {_short(new)}"]
+    if old == new:
+        return []
+    if name.startswith("inputs.") and old is not None and new is not None:  # hashes, which tell a reader nothing
+        return [f"{name.removeprefix('inputs.')} is not what it was"]
+    return [f"{name} was {_short(old)}, now {_short(new)}"]
 
 
 def _short(value: object) -> str:

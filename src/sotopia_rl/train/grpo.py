@@ -45,6 +45,8 @@ from sotopia_rl.train.session import training_session
 from sotopia_rl.train.trl_grpo import make_trainer, metric_names
 from sotopia_rl.train.utterance_reward import UtteranceReward
 
+MOSTLY = 0.5
+"""Share of replies that are cut off above which their limit is to blame."""
 COLLAPSE_STEPS = 5
 """Steps in a row below a minimum, or without any signal, that count as a collapse."""
 
@@ -108,9 +110,9 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
     if run.finished:
         publish(run, run.path / "adapter", settings)
         return run.path / "adapter"
+    check_base(sft_adapter, base, task="CAUSAL_LM")
+    check_base(reward_adapter, base, task="SEQ_CLS")
     check_gate(reward_adapter, settings.gate_min_spearman)
-    for adapter in (sft_adapter, reward_adapter):
-        check_base(adapter, base)
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path or template_of(sft_adapter))
         check_template(reward_adapter, tokenizer)
@@ -211,6 +213,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped h
 
     def _give_up(self, reason: str, state: Any, control: Any) -> None:
         advice = "lower learning_rate or raise beta"
+        if [entry for entry in state.log_history if "reward" in entry][-1]["completions/clipped_ratio"] > MOSTLY:
+            advice = f"most replies are cut off: raise max_completion_length ({self.settings.max_completion_length})"
         if self.settings.on_collapse == "warn":
             self.run.append_metrics(state.global_step, {"warning": f"the policy collapses: {reason}; {advice}"})
         elif from_main(self.run.best.is_dir):

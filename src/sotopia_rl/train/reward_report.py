@@ -90,7 +90,7 @@ def check_gate(adapter: Path, min_spearman: float | None) -> None:
     if min_spearman is None:
         return
     path = adapter / "report.json"
-    switch_off = "train a better one, or set gate_min_spearman: null"
+    switch_off = "train a better one, or switch the gate off (gate_min_spearman: null)"
     if not path.is_file():
         raise GateError(f"{adapter}: the reward model has no report.json, so nothing is known of it; {switch_off}")
     found = RewardReport.model_validate(read_json(path)).spearman

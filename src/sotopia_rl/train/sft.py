@@ -34,8 +34,10 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped here
     _total_train_tokens: int
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, which takes what a mask shows for the number of tokens."""
+        """TRL's, which forgets at a resume how many tokens there were, and takes what a mask shows for their number."""
         tokens = inputs.pop(ROW_TOKENS, None)
+        if not self._total_train_tokens:
+            self._total_train_tokens = max((line.get("num_tokens", 0) for line in self.state.log_history), default=0)
         before = self._total_train_tokens
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if tokens is not None and model.training:
