@@ -63,7 +63,7 @@ def test_rows_that_are_all_too_long_are_counted_and_the_length_is_told(
     ("old", "new", "words"),
     [
         ('"value":', '"value":NaN,"was":', "rows.jsonl:1: field value"),
-        (None, None, "rows.jsonl: all 96 rewards of value are 0.7; nothing can be learned"),
+        (None, None, "rows.jsonl: all 96 rewards of value are 7; nothing can be learned"),
     ],
 )
 def test_rewards_that_teach_nothing_are_refused(

@@ -211,7 +211,9 @@ def read_paper_rows(stage: StageName, path: Path) -> Iterator[PromptRow]:
     """
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(items, list) or not items:
         raise DataError(f"{path}: expected a JSON array of rows, found {type(items).__name__}, {len(items or ())} long")

@@ -55,7 +55,7 @@ def sft(
     chosen = resolve(settings, config)
     with _steps("sft") as progress:
         result = train_sft(rows, resolve_model_folder(base), chosen, output, resume=resume, progress=progress)
-    _say(f"adapter {result}")
+    _say(f"{result.name:<7} {result}")
 
 
 def rm(

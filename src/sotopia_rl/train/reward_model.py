@@ -155,7 +155,8 @@ def check_targets(path: Path, rows: Sequence[RewardRow], dimensions: Sequence[st
             raise DataError(f"{path}:{number}: no reward for {', '.join(missing)} (it has {', '.join(row.values)})")
     for name, column in zip(names_of(dimensions), np.array(targets(rows, dimensions)).T, strict=True):
         if np.ptp(column) == 0:
-            raise DataError(f"{path}: all {len(column)} rewards of {name} are {column[0]:g}; nothing can be learned")
+            given = column[0] if dimensions else 10 * column[0]
+            raise DataError(f"{path}: all {len(column)} rewards of {name} are {given:g}; nothing can be learned")
 
 
 def new_reward_model(base: Path, tokenizer: PreTrainedTokenizerBase, settings: RewardModelSettings) -> PeftModel:
