@@ -5,8 +5,8 @@
 
 `explore`, with a judge and an annotate stage of its own, is left out unless the experiment asks for it.
 
-Arms share every stage whose settings and inputs are equal. What a step does is in `steps.py`, when it is
-redone in `experiment.py`.
+Arms share every stage whose settings and inputs are equal. What a step does is in `steps.py` and `report_step.py`, when
+it is redone in `experiment.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sotopia_rl import steps
+from sotopia_rl import report_step, steps
 from sotopia_rl.attribute import METHODS
 from sotopia_rl.config import Config
 from sotopia_rl.experiment import DONE, Experiment, Stage
@@ -174,7 +174,7 @@ class _Builder:
         pairs = [("sft", "base"), *((arm, "sft") for arm in arms), *((arms[0], arm) for arm in arms[1:])]
         settings = {"comparisons": [list(pair) for pair in pairs], "notes": list(e.notes), "judge": e.judge_model}
         compare = self._add("compare", steps.compare, settings, {"world": self.world} | plays)
-        self._add("report", steps.report, {"name": e.name}, self._shown(compare, plays))
+        self._add("report", report_step.report, {"name": e.name}, self._shown(compare, plays))
 
     def _shown(self, compare: Stage, plays: Mapping[str, Stage]) -> dict[str, Stage]:
         """What the report draws on."""

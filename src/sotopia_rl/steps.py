@@ -11,8 +11,6 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -26,10 +24,7 @@ from sotopia_rl.episode import (
     Match,
     Rating,
     Sampling,
-    UtteranceReward,
-    canonical_json,
     other,
-    sha256_text,
 )
 from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate import evaluate
@@ -39,13 +34,10 @@ from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.llm.open import ModelPool, with_models
 from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest, seated
 from sotopia_rl.monitor import Monitor, secret_leaks
-from sotopia_rl.report import ReportInput, write_report
-from sotopia_rl.results import load_results
 from sotopia_rl.reward import Credited
 from sotopia_rl.simulate import Pairing, SimulateConfig
 from sotopia_rl.stages import Watch
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
-from sotopia_rl.train.folder import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +75,8 @@ def _steps(run: Run, stage: str) -> stages.StepWatch:
 
 
 @contextmanager
-def _store(folder: Path) -> Iterator[EpisodeStore]:
+def stage_store(folder: Path) -> Iterator[EpisodeStore]:
+    """The store in a stage's folder."""
     with closing(open_store(folder / "store.db")) as store:
         yield store
 
@@ -92,7 +85,7 @@ def has_failures(folder: Path) -> bool:
     """Whether something failed in a stage's folder: an episode, a judgement, an attribution."""
     if not (folder / "store.db").is_file():
         return False
-    with _store(folder) as store:
+    with stage_store(folder) as store:
         unplayed = sum(store.count(EpisodeQuery(status=status)) for status in STATUSES if status != "completed")
         return unplayed > 0 or any(True for kind in ("judge", "annotate") for _ in store.failures(kind))
 
@@ -133,7 +126,7 @@ def simulate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 
 def _play(run: Run, out: Path, pairings: Sequence[Pairing], *, tag: str, rules: SimulateConfig) -> None:
     """Raises `DataError` where no episode comes to its end: there is nothing to go on with."""
-    with _store(out) as store:
+    with stage_store(out) as store:
         tally = run.with_models(
             lambda pool: stages.simulate_into(
                 store, pairings, pool.get, tag=tag, config=rules, watch=run.watch, retry_failed=run.retry_failed
@@ -152,7 +145,7 @@ def _settle(tally: stages.Tally, *, some: bool = True) -> None:
 
 
 def judge(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
-    with _store(inputs["simulate"]) as episodes, _store(out) as ratings:
+    with stage_store(inputs["simulate"]) as episodes, stage_store(out) as ratings:
         tally = run.with_models(
             lambda pool: stages.judge_into(
                 episodes,
@@ -179,7 +172,7 @@ def rated(e: Experiment, inputs: Inputs) -> Iterator[tuple[Episode, Rating]]:
 
 
 def _rated_in(e: Experiment, played: Path, judged: Path) -> Iterator[tuple[Episode, Rating]]:
-    with _store(played) as episodes, _store(judged) as ratings:
+    with stage_store(played) as episodes, stage_store(judged) as ratings:
         for episode in episodes.episodes(COMPLETED):
             for rating in ratings.ratings(episode.id, judge=e.judge_model):
                 yield episode, rating
@@ -190,15 +183,15 @@ def _credited(e: Experiment, inputs: Inputs) -> Iterator[Credited]:
     annotator = e.annotator_model if METHODS[e.annotate.method].asks else COMPUTED
     for played, judged, attributed in SOURCES:
         if played in inputs:
-            with _store(inputs[attributed]) as store:
+            with stage_store(inputs[attributed]) as store:
                 pairs = _rated_in(e, inputs[played], inputs[judged])
                 yield from stages.credited(pairs, store, method=e.annotate.label, annotator=annotator)
 
 
 def annotate(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
-    with _store(inputs["judge"]) as ratings:
+    with stage_store(inputs["judge"]) as ratings:
         total = len(ratings.rated_ids(e.judge_model))
-    with _store(out) as store:
+    with stage_store(out) as store:
         tally = run.with_models(
             lambda pool: stages.annotate_into(
                 rated(e, inputs),
@@ -243,7 +236,7 @@ def base(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 
     if e.base.path is None:
         text = out / "text.jsonl"
-        with _store(inputs["simulate"]) as episodes:
+        with stage_store(inputs["simulate"]) as episodes:
             write_rows((row for episode in episodes.episodes(COMPLETED) for row in sft_rows(episode)), text)
         model = train_base(text, e.base.tiny, out / "run", resume=True, progress=_steps(run, "base"))
     else:
@@ -287,7 +280,7 @@ def grpo(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
 
     validation = inputs["world"] / "validation.json"
     with ExitStack() as stack:
-        stores = [stack.enter_context(_store(inputs[played])) for played, _, _ in SOURCES if played in inputs]
+        stores = [stack.enter_context(stage_store(inputs[played])) for played, _, _ in SOURCES if played in inputs]
         train_grpo(
             inputs["rows"] / "reward.jsonl",
             base_folder(inputs),
@@ -339,7 +332,7 @@ def play(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     )
     pairings = [pairing for system in systems for pairing in evaluation_pairings(manifest, system, _partners(e))]
 
-    with _store(out) as store:
+    with stage_store(out) as store:
         tallies = run.with_models(
             lambda pool: stages.play_and_judge(
                 pool,
@@ -364,73 +357,7 @@ def compare(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
     pairs = [("sft", "base"), *((arm, "sft") for arm in arms), *((arms[0], arm) for arm in arms[1:])]
     played = []
     for system in ("base", "sft", *arms):
-        with _store(inputs[system]) as store:
+        with stage_store(inputs[system]) as store:
             played.append(stages.load_played(system, manifest, store, e.judge_model))
     results = evaluate(played, pairs, partners=e.evaluate.partners, seeds={"experiment": e.seed}, notes=e.notes)
     results.save(out / "results.json")
-
-
-# --- report ------------------------------------------------------------------------------------------------------
-
-
-def report(run: Run, e: Experiment, out: Path, inputs: Inputs) -> None:
-    results = load_results(inputs["compare"] / "results.json")
-    runs = {name: folder for name, folder in inputs.items() if (folder / "metrics.jsonl").is_file()}
-    reports = {name: folder / "report.json" for name, folder in inputs.items() if name.startswith("rm ")}
-    page = ReportInput(
-        results=results,
-        title=e.name,
-        curves={name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()},
-        reward_models={name: json.loads(read_text(path)) for name, path in reports.items() if path.is_file()},
-        episodes=_shown_episodes(run, e, inputs),
-        provenance=_provenance(e, inputs),
-        notes=e.notes,
-        gate_min_spearman=e.grpo.gate_min_spearman,
-    )
-    write_report(page, out)
-
-
-def _shown_episodes(run: Run, e: Experiment, inputs: Inputs) -> list[tuple[Episode, Rating, list[UtteranceReward]]]:
-    """Held-out matches played by SFT and by the first arm: the largest gain, the largest loss, and between them.
-
-    Their utterances are attributed and rewarded here as the training data was.
-    """
-    arm = next(iter(e.arms))
-    with _store(inputs["play sft"]) as before, _store(inputs[f"play {arm}"]) as after:
-        chosen = stages.contrasting_pairs(before, after, e.judge_model, count=e.evaluate.shown_episodes // 2)
-    normaliser = stages.read_normaliser(inputs[f"reward {arm}"] / "normaliser.json")
-    config = e.arm(arm)
-    asks = METHODS[config.annotate.method].asks
-
-    async def credit(pool: ModelPool) -> list[tuple[Episode, Rating, list[UtteranceReward]]]:
-        annotator = pool.get(config.annotator_model) if asks else None
-        return await stages.reward_shown(
-            chosen,
-            annotator,
-            annotate=config.annotate,
-            reward=config.reward,
-            normaliser=normaliser,
-            limit=e.concurrency,
-        )
-
-    return run.with_models(credit)
-
-
-def _provenance(e: Experiment, inputs: Inputs) -> dict[str, object]:
-    """What a reader needs to make the same numbers again."""
-    with _store(inputs["simulate"]) as store:
-        training = {f"episodes {status}": store.count(EpisodeQuery(status=status)) for status in STATUSES}
-    with _store(inputs["judge"]) as store:
-        training |= {"judgements failed": sum(1 for _ in store.failures("judge"))}
-    return {
-        "seed": e.seed,
-        "judge": e.judge_model,
-        "annotator": f"{e.annotator_model}, method {e.annotate.label}",
-        "prompt profile": e.simulate.prompt_profile,
-        "base model": str(base_folder(inputs)),
-        "speakers": e.cast.speakers,
-        "partners": list(e.evaluate.partners),
-        "training data": {name: count for name, count in training.items() if count},
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft") if find_spec(name)},
-        "experiment": sha256_text(canonical_json(e.model_dump(mode="json")))[:12],
-    }
