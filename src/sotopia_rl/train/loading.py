@@ -234,6 +234,7 @@ def trainer_arguments(settings: TrainerSettings, run: RunFolder, *, evaluate: bo
         "gradient_accumulation_steps": getattr(settings, "accumulation", 1),
         CHECKPOINTING: getattr(settings, "gradient_checkpointing", False),
         "use_cpu": on_cpu,
+        "ddp_find_unused_parameters": False,  # whatever trains has a part in every loss
         "bf16": not on_cpu and dtype_of(settings) is torch.bfloat16,
         "fp16": False,
         "dataloader_pin_memory": not on_cpu,
