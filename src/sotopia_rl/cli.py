@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cyclopts import App
+from cyclopts import App, CycloptsError
 
 from sotopia_rl import __version__
 from sotopia_rl.errors import ConfigError, SotopiaRLError
@@ -86,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(arguments)
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        from sotopia_rl.commands.flags import wrong_flag
+
+        print(f"sotopia-rl: {wrong_flag(error)}", file=sys.stderr)
+        sys.exit(2)
     except ConfigError as error:
         print(f"sotopia-rl: {error}", file=sys.stderr)
         sys.exit(2)
