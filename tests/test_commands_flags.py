@@ -1,5 +1,8 @@
 """Flags and config files of every command: what they set, and one line where they are wrong."""
 
+import os
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.reward import RewardConfig
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.store import open_store
+from store_samples import episode
 
 GROUPS = {
     "evaluate": ("play", "rejudge", "compare", "matrix", "bundle", "verify"),
@@ -156,3 +160,20 @@ def test_file_and_flags_are_checked_together(tmp_path: Path) -> None:
     assert (asking.concurrency, settings.samples, settings.temperature) == (3, 5, 1)
     with pytest.raises(ConfigError, match=r"^5 samples at temperature 0 are all the same; set a temperature$"):
         resolve(None, Asking(), flags)
+
+
+@pytest.mark.parametrize(("number", "buffering"), [(1, ""), (400, ""), (1, "1")])
+def test_a_reader_that_leaves_ends_the_command_quietly(number: int, buffering: str, tmp_path: Path) -> None:
+    store = tmp_path / "e.db"
+    with open_store(store) as opened:
+        opened.add_episodes([episode(n) for n in range(number)])
+    command = [sys.executable, "-m", "sotopia_rl.cli", "episodes", "list", "--store", str(store)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffering}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 141
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
