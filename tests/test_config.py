@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from pydantic import Field
@@ -44,6 +45,8 @@ def test_an_unknown_key_is_refused_with_the_near_name(tmp_path: Path) -> None:
         ("inner: {max_steps: many}\n", "inner.max_steps: Input should be a valid integer"),
         ("- a list\n", "expected a mapping of settings, found list"),
         ("inner: {max_steps\n", "not YAML"),
+        ("name: x\ninner: {max_steps: 3}\nname: y\n", "not YAML (line 3: name stands there twice, first in line 1)"),
+        ("inner:\n  max_steps: 3\n  max_steps: 3\n", "line 3: max_steps stands there twice, first in line 2"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_the_place(tmp_path: Path, text: str, said: str) -> None:
@@ -51,6 +54,11 @@ def test_a_wrong_file_is_one_line_that_names_the_place(tmp_path: Path, text: str
         load_config(Outer, written(tmp_path, text))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_merged_into_a_mapping_may_stand_there_again(tmp_path: Path) -> None:
+    mixed = "{<<: {max_steps: 3, learning_rate: 1}, max_steps: 4}"
+    assert load_config(Outer, written(tmp_path, f"inner: {mixed}\n")).inner == Inner(max_steps=4, learning_rate=1)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -61,6 +69,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_every_mistake_is_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"here: inner\.max_steps: .*; nam: unknown key, did you mean 'name'"):
         parse_config(Outer, {"inner": {"max_steps": -1}, "nam": "y"}, where="here")
+
+
+def test_a_list_is_not_blamed_for_its_items() -> None:
+    class Many(Config):
+        inners: Annotated[tuple[Inner, ...], Field(min_length=1)]
+
+    with pytest.raises(ConfigError) as error:
+        parse_config(Many, {"inners": [{"max_step": 1}]}, where="here")
+    assert str(error.value) == "here: inners.0.max_step: unknown key"
 
 
 def test_equal_settings_have_equal_keys_and_others_do_not() -> None:

@@ -144,7 +144,7 @@ def test_a_torn_file_is_mended_when_it_is_written_on(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"kind": "episode", "record": {', r"e\.jsonl:2: not JSON"),
+        ('{"kind": "episode", "record": {', r"e\.jsonl:2: not JSON \(Expecting [^:]* quotes\); mend"),
         ("[1]", r"e\.jsonl:2: expected a JSON object, found list"),
         ('{"kind": "guess", "record": {}}', r"e\.jsonl:2: kind 'guess'; expected one of episode"),
         (

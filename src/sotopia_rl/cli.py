@@ -1,7 +1,8 @@
 """The command line: names, one-line descriptions, exit codes. What a command does is in `commands/`.
 
 Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 a flag or a config file is wrong,
-130 interrupted. Commands are imported when they are called, so that `--help` stays fast.
+130 interrupted, 141 nobody reads stdout any more. Commands are imported when they are called, so that `--help` stays
+fast.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cyclopts import App
+from cyclopts import App, CycloptsError
 
 from sotopia_rl import __version__
 from sotopia_rl.errors import ConfigError, SotopiaRLError
@@ -86,7 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(arguments)
+        try:
+            app(arguments, exit_on_error=False, print_error=False)
+        finally:
+            sys.stdout.flush()
+    except CycloptsError as error:
+        from sotopia_rl.commands.flags import wrong_flag
+
+        print(f"sotopia-rl: {wrong_flag(error)}", file=sys.stderr)
+        sys.exit(2)
     except ConfigError as error:
         print(f"sotopia-rl: {error}", file=sys.stderr)
         sys.exit(2)
@@ -96,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("sotopia-rl: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has gone, as `head` does; Python would flush it once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,3 +49,8 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text") from error
+
+
+def json_fault(error: ValueError) -> str:
+    """Why a line of a file is not JSON. json's own line and column count from that line's start, and mislead."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

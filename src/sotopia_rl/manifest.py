@@ -11,7 +11,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from sotopia_rl.config import parse_config, read_yaml
+from sotopia_rl.config import parse_config, parse_yaml, read_yaml
 from sotopia_rl.episode import AgentSpec, Character, Match, Record, Scenario, Seat, canonical_json, sha256_text
 from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.profiles import Profiles, benchmark_ids, load_profiles
@@ -64,7 +64,7 @@ def load_manifest(path: Path) -> Manifest:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        data = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, yaml.YAMLError) as error:

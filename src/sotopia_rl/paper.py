@@ -34,7 +34,7 @@ from sotopia_rl.episode import (
     UtteranceWeight,
 )
 from sotopia_rl.errors import ConfigError, DataError
-from sotopia_rl.files import write_lines
+from sotopia_rl.files import json_fault, write_lines
 from sotopia_rl.models import ChatModel
 from sotopia_rl.observe import action_text, goal_text
 from sotopia_rl.store.jsonl import Line, read_json_lines
@@ -114,7 +114,7 @@ def _json_lines(path: Path, summary: Summary, on_bad: OnBad) -> Iterator[Line]:
                     data = json.loads(text)
                 except ValueError as error:
                     torn = "" if text.endswith(b"\n") else ", it is half-written"
-                    summary.refuse(f"{path}:{number}: not JSON ({error}){torn}", on_bad)
+                    summary.refuse(f"{path}:{number}: not JSON ({json_fault(error)}){torn}", on_bad)
                 else:
                     if isinstance(data, dict):
                         yield Line(number, offset, data)

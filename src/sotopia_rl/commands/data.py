@@ -9,10 +9,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.types import ExistingFile
+from pydantic import Field
 
 from sotopia_rl import stages
 from sotopia_rl.attribute import METHODS, AttributionConfig
-from sotopia_rl.commands.options import DEFAULT_STORE, finish, named_manifest, resolve
+from sotopia_rl.commands.flags import Flags, resolve
+from sotopia_rl.commands.options import DEFAULT_STORE, Drawn, Speaking, finish, named_manifest
+from sotopia_rl.config import Config
 from sotopia_rl.console import bars, out
 from sotopia_rl.dataset import CloningFilter, write_provenance
 from sotopia_rl.episode import AgentSpec, Episode, Rating, Sampling
@@ -31,19 +34,16 @@ def simulate(
     manifest: str,
     agent1: str,
     agent2: str,
-    tag: str,
+    tag: Annotated[str, Field(min_length=1)],
     judge: str | None = None,
     store: str = DEFAULT_STORE,
-    count: int = 40,
-    profiles: Path | None = None,
-    seed: int = 0,
-    temperature: float = 0.7,
-    max_tokens: int = 512,
     retry_failed: bool = False,
     resume: bool = True,
     config: ExistingFile | None = None,
-    settings: Annotated[SimulateConfig, Parameter(name="*")] = SimulateConfig(),  # noqa: B008  frozen
-    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+    drawn: Flags[Drawn] = Drawn(),  # noqa: B008  frozen
+    speaking: Flags[Speaking] = Speaking(),  # noqa: B008  frozen
+    settings: Flags[SimulateConfig] = SimulateConfig(),  # noqa: B008  frozen
+    limits: Flags[ModelLimits] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Play matches between two models and keep the episodes, failed ones included.
 
@@ -63,16 +63,6 @@ def simulate(
         Model string of a judge to score them with at once; `sotopia-rl judge` does it later.
     store
         Episode store: FILE.db or redis://HOST:PORT.
-    count
-        Number of matches, for the sandbox manifests.
-    profiles
-        Folder with the published SOTOPIA profiles, for the sotopia manifests.
-    seed
-        Of the matches.
-    temperature
-        Of both agents; 0 is greedy.
-    max_tokens
-        Longest reply of an agent.
     retry_failed
         Play failed episodes of this tag again.
     resume
@@ -80,9 +70,9 @@ def simulate(
     config
         YAML file with any of the settings below.
     """
-    chosen = resolve(settings, config)
-    frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
-    sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+    drawn, speaking, settings, limits = resolve(config, drawn, speaking, settings, limits)
+    frozen = named_manifest(manifest, drawn)
+    sampling = Sampling(**speaking.model_dump())
     first, second = (AgentSpec(model=name, sampling=sampling) for name in (agent1, agent2))
     pairings = evaluation_pairings(frozen, first, [second])
     with closing(open_store(store)) as episodes, bars() as watch:
@@ -96,7 +86,7 @@ def simulate(
                 pairings,
                 judge,
                 tag=tag,
-                simulate=chosen,
+                simulate=settings,
                 judging=JudgeConfig(),
                 watch=watch,
                 retry_failed=retry_failed,
@@ -110,11 +100,10 @@ def judge(
     tag: str,
     judge: str,
     store: str = DEFAULT_STORE,
-    concurrency: int = 64,
     resume: bool = True,
     config: ExistingFile | None = None,
-    settings: Annotated[JudgeConfig, Parameter(name="*")] = JudgeConfig(),  # noqa: B008  frozen
-    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+    settings: Flags[JudgeConfig] = JudgeConfig(),  # noqa: B008  frozen
+    limits: Flags[ModelLimits] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Score completed episodes on SOTOPIA-EVAL's seven dimensions, without simulating them again.
 
@@ -128,14 +117,12 @@ def judge(
         Model string of the judge.
     store
         Episode store: FILE.db or redis://HOST:PORT.
-    concurrency
-        Judgements under way at once.
     resume
         Leave out what this judge has scored; --no-resume scores everything again.
     config
         YAML file with any of the settings below.
     """
-    chosen = resolve(settings, config)
+    settings, limits = resolve(config, settings, limits)
     query = EpisodeQuery(tag=tag, status="completed")
     with closing(open_store(store, create=False)) as episodes, bars() as watch:
         refuse_empty(episodes, query)
@@ -146,13 +133,20 @@ def judge(
                 episodes,
                 query,
                 pool.get(judge),
-                config=chosen,
-                limit=concurrency,
+                config=settings,
+                limit=settings.concurrency,
                 watch=watch,
                 again=not resume,
             ),
         )
     finish(tally)
+
+
+class Asking(Config):
+    """How an annotator is asked."""
+
+    concurrency: int = Field(default=64, gt=0)
+    """Questions under way at once."""
 
 
 def annotate(
@@ -161,12 +155,12 @@ def annotate(
     annotator: str | None = None,
     judge: str | None = None,
     store: str = DEFAULT_STORE,
-    concurrency: int = 64,
     resume: bool = True,
     dry_run: bool = False,
     config: ExistingFile | None = None,
-    settings: Annotated[AttributionConfig, Parameter(name="*")] = AttributionConfig(),  # noqa: B008  frozen
-    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+    asking: Flags[Asking] = Asking(),  # noqa: B008  frozen
+    settings: Flags[AttributionConfig] = AttributionConfig(),  # noqa: B008  frozen
+    limits: Flags[ModelLimits] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Attribute the scores of judged episodes to their utterances.
 
@@ -180,8 +174,6 @@ def annotate(
         Whose scores; needed where several judges scored the episodes.
     store
         Episode store: FILE.db or redis://HOST:PORT.
-    concurrency
-        Questions under way at once.
     resume
         Leave out what is attributed already; --no-resume asks again.
     dry_run
@@ -189,16 +181,16 @@ def annotate(
     config
         YAML file with any of the settings below.
     """
-    chosen = resolve(settings, config)
-    if METHODS[chosen.method].asks and annotator is None:
-        raise ConfigError(f"method {chosen.method} asks an annotator; give one with --annotator")
+    asking, settings, limits = resolve(config, asking, settings, limits)
+    if METHODS[settings.method].asks and annotator is None:
+        raise ConfigError(f"method {settings.method} asks an annotator; give one with --annotator")
     with closing(open_store(store, create=False)) as episodes:
         query = EpisodeQuery(tag=tag, status="completed")
         judge = the_judge(episodes, query, judge)
         if dry_run:
             from sotopia_rl.attribute.estimate import estimate
 
-            out.print(estimate(episodes.rated(query, judge=judge), chosen, annotator, limits), markup=False)
+            out.print(estimate(episodes.rated(query, judge=judge), settings, annotator, limits), markup=False)
             return
         with bars() as watch:
             tally = with_models(
@@ -206,10 +198,10 @@ def annotate(
                 lambda pool: stages.annotate_into(
                     episodes.rated(query, judge=judge),
                     episodes,
-                    pool.get(annotator) if annotator and METHODS[chosen.method].asks else None,
+                    pool.get(annotator) if annotator and METHODS[settings.method].asks else None,
                     total=len(episodes.rated_ids(judge).intersection(episodes.ids(query))),
-                    config=chosen,
-                    limit=concurrency,
+                    config=settings,
+                    limit=asking.concurrency,
                     watch=watch,
                     again=not resume,
                 ),
@@ -227,10 +219,10 @@ def reward(
     store: str = DEFAULT_STORE,
     report: bool = False,
     normaliser: ExistingFile | None = None,
-    config: ExistingFile | None = None,
-    settings: Annotated[RewardConfig, Parameter(name="*")] = RewardConfig(),  # noqa: B008  frozen
-    cloning: Annotated[CloningFilter, Parameter(name="cloning")] = CloningFilter(),  # noqa: B008  frozen
     resume: bool = True,
+    config: ExistingFile | None = None,
+    settings: Flags[RewardConfig] = RewardConfig(),  # noqa: B008  frozen
+    cloning: Annotated[Flags[CloningFilter], Parameter(name="cloning")] = CloningFilter(),  # noqa: B008  frozen
 ) -> None:
     """Combine attributions and scores into one reward per utterance, and write training rows.
 
@@ -255,12 +247,12 @@ def reward(
         Show distributions per dimension, correlations and examples, and write them as report.html.
     normaliser
         normaliser.json of earlier data, so that the rewards are on the same scale; fitted on this data otherwise.
-    config
-        YAML file with any of the settings below.
     resume
         Write again what is there; --no-resume refuses a folder that holds rewards.
+    config
+        YAML file with any of the settings below.
     """
-    chosen = resolve(settings, config)
+    settings, cloning = resolve(config, settings, cloning, sections={CloningFilter: "cloning"})
     if not resume and (output / "rewards.jsonl").exists():
         raise DataError(f"{output}: holds rewards; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -272,11 +264,11 @@ def reward(
             return episodes.rated(query, judge=judge)
 
         def data() -> Iterator[Credited]:
-            if chosen.granularity == "episode":
+            if settings.granularity == "episode":
                 return (Credited(*pair) for pair in rated())
             return stages.credited(rated(), episodes, method=method, annotator=annotator)
 
-        stages.reward_into(data, output, chosen, normaliser)
+        stages.reward_into(data, output, settings, normaliser)
         rewards = stages.read_rewards(output / "rewards.jsonl")
         stages.cloning_rows_into(rated, output / "sft.jsonl", cloning)
         count = stages.reward_rows_into(rated(), rewards, output / "reward.jsonl")
@@ -284,7 +276,7 @@ def reward(
         if report:
             from sotopia_rl.reward_report import write_reward_report
 
-            out.print(write_reward_report(data(), chosen, output), markup=False, soft_wrap=True)
+            out.print(write_reward_report(data(), settings, output), markup=False, soft_wrap=True)
     out.print(f"{count} rewarded utterances in {output}")
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.types import ExistingFile
+from pydantic import Field
 from rich.text import Text
 
 from sotopia_rl import stages
@@ -50,7 +51,7 @@ class Choice:
 def list_episodes(
     *,
     store: str = DEFAULT_STORE,
-    limit: int | None = None,
+    limit: Annotated[int | None, Field(ge=0)] = None,
     choice: Annotated[Choice, Parameter(name="*")] = Choice(),
 ) -> None:
     """One line per episode, by id; on a pipe all fields with tabs between them.

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.types import ExistingDirectory, ExistingFile
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from sotopia_rl.commands.options import finish, named_manifest, resolve
-from sotopia_rl.config import parse_config, read_yaml
+from sotopia_rl.commands.flags import Flags, resolve, unchecked
+from sotopia_rl.commands.options import Drawn, Speaking, finish, named_manifest
+from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.console import bars, err, out
 from sotopia_rl.errors import ConfigError, EvaluationError
 from sotopia_rl.judge import JudgeConfig
@@ -22,6 +24,9 @@ if TYPE_CHECKING:  # scipy takes a second, which `--help` does not need
     from sotopia_rl.llm.open import ModelPool
     from sotopia_rl.results import EvaluateConfig
     from sotopia_rl.stages import Tally, Watch
+
+SECTIONS: dict[type[Config], str] = {JudgeConfig: "judging"}
+"""Of a config file."""
 
 app = App(name="evaluate", help="Compare systems over one manifest: play, judge, compare, rank, bundle, verify.")
 
@@ -35,20 +40,17 @@ def play(
     partner: list[str],
     judge: list[str],
     output: Path,
-    repeat_judge: int = 1,
-    count: int = 40,
-    profiles: Path | None = None,
-    seed: int = 0,
-    temperature: float = 0.7,
+    repeat_judge: PositiveInt = 1,
     greedy: bool = False,
-    max_tokens: int = 512,
     resume: bool = True,
     retry_failed: bool = False,
-    max_cost: float | None = None,
+    max_cost: PositiveFloat | None = None,
     config: ExistingFile | None = None,
-    settings: Annotated[SimulateConfig, Parameter(name="*")] = SimulateConfig(),  # noqa: B008  frozen
-    judging: Annotated[JudgeConfig, Parameter(name="judging")] = JudgeConfig(),  # noqa: B008  frozen
-    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+    drawn: Flags[Drawn] = Drawn(),  # noqa: B008  frozen
+    speaking: Flags[Speaking] = Speaking(),  # noqa: B008  frozen
+    settings: Flags[SimulateConfig] = SimulateConfig(),  # noqa: B008  frozen
+    judging: Annotated[Flags[JudgeConfig], Parameter(name="judging")] = JudgeConfig(),  # noqa: B008  frozen
+    limits: Flags[ModelLimits] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Play every system over one manifest against the same partners, judge, and compare pair by pair.
 
@@ -70,18 +72,8 @@ def play(
         Run folder for episodes, results.json and the report.
     repeat_judge
         Times each judge rates an episode. The first rating counts, the others tell how far it agrees with itself.
-    count
-        Number of matches, for the sandbox manifests.
-    profiles
-        Folder with the published SOTOPIA profiles, for the sotopia manifests.
-    seed
-        Of the matches.
-    temperature
-        Of the systems and partners.
     greedy
         Play the systems greedily as well.
-    max_tokens
-        Longest reply.
     resume
         Go on with what is there; --no-resume refuses a folder that holds results.
     retry_failed
@@ -94,6 +86,9 @@ def play(
     from sotopia_rl.evaluate.folder import Plan, save_plan
     from sotopia_rl.evaluate.play import play as play_into
 
+    drawn, speaking, settings, judging, limits = resolve(
+        config, drawn, speaking, settings, judging, limits, sections=SECTIONS
+    )
     if not partner:
         raise ConfigError("a system needs somebody to talk to; name a --partner, or use `sotopia-rl evaluate matrix`")
     if not resume and (output / "results.json").exists():
@@ -102,14 +97,13 @@ def play(
         "systems": named_systems(system),
         "partners": partner,
         "judges": judge,
-        "temperature": temperature,
+        **speaking.model_dump(),
         "greedy": greedy,
-        "max_tokens": max_tokens,
         "judgements": dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {},
-        "simulate": resolve(settings, config).model_dump(),
+        "simulate": settings.model_dump(),
         "judging": judging.model_dump(),
     }
-    frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
+    frozen = named_manifest(manifest, drawn)
     plan = save_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
     work_through(
         limits,
@@ -139,9 +133,9 @@ def rejudge(
     /,
     *,
     judge: list[str],
-    repeat_judge: int = 1,
-    max_cost: float | None = None,
-    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+    repeat_judge: PositiveInt = 1,
+    max_cost: PositiveFloat | None = None,
+    limits: Flags[ModelLimits] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Have other judges rate the stored episodes of a run, or the same ones again; nothing is played.
 
@@ -161,6 +155,7 @@ def rejudge(
     from sotopia_rl.evaluate.play import refuse_silent
     from sotopia_rl.manifest import load_manifest
 
+    (limits,) = resolve(None, limits)
     before = load_plan(run)
     again = dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {}
     asked = parse_config(Plan, {**before.model_dump(), "judges": judge, "judgements": again}, where="rejudge")
@@ -211,7 +206,7 @@ def compare(
         raise ConfigError(f"{len(runs)} runs are compared; give a folder for the results with --output")
     flags = {"confidence": confidence, "wanted_points": wanted_points}
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = parse_config(EvaluateConfig, {**(read_yaml(config) if config else {}), **given}, where="compare")
+    (settings,) = resolve(config, unchecked(EvaluateConfig, given))
     publish(runs, output or runs[0], config=settings, baseline=baseline, published=published)
 
 
@@ -223,18 +218,15 @@ def matrix(
     judge: list[str],
     output: Path,
     metric: str = "goal",
-    tie_margin: float = 0.0,
-    count: int = 40,
-    profiles: Path | None = None,
-    seed: int = 0,
-    temperature: float = 0.7,
-    max_tokens: int = 512,
+    tie_margin: NonNegativeFloat = 0.0,
     retry_failed: bool = False,
-    max_cost: float | None = None,
+    max_cost: PositiveFloat | None = None,
     config: ExistingFile | None = None,
-    settings: Annotated[SimulateConfig, Parameter(name="*")] = SimulateConfig(),  # noqa: B008  frozen
-    judging: Annotated[JudgeConfig, Parameter(name="judging")] = JudgeConfig(),  # noqa: B008  frozen
-    limits: Annotated[ModelLimits, Parameter(name="*")] = ModelLimits(),  # noqa: B008  frozen
+    drawn: Flags[Drawn] = Drawn(),  # noqa: B008  frozen
+    speaking: Flags[Speaking] = Speaking(),  # noqa: B008  frozen
+    settings: Flags[SimulateConfig] = SimulateConfig(),  # noqa: B008  frozen
+    judging: Annotated[Flags[JudgeConfig], Parameter(name="judging")] = JudgeConfig(),  # noqa: B008  frozen
+    limits: Flags[ModelLimits] = ModelLimits(),  # noqa: B008  frozen
 ) -> None:
     """Let every pair of systems talk to each other, and rank them (Bradley-Terry, with intervals).
 
@@ -255,16 +247,6 @@ def matrix(
         What a conversation is won by: a dimension, or overall.
     tie_margin
         Scores that differ by no more than this tie; a tie is half a win for each.
-    count
-        Number of matches, for the sandbox manifests.
-    profiles
-        Folder with the published SOTOPIA profiles, for the sotopia manifests.
-    seed
-        Of the matches.
-    temperature
-        Of the systems.
-    max_tokens
-        Longest reply.
     retry_failed
         Play failed episodes again.
     max_cost
@@ -276,15 +258,17 @@ def matrix(
     from sotopia_rl.evaluate.matrix import matrix_results, play_matrix
     from sotopia_rl.report import matrix_table, write_matrix
 
+    drawn, speaking, settings, judging, limits = resolve(
+        config, drawn, speaking, settings, judging, limits, sections=SECTIONS
+    )
     asked = {
         "systems": named_systems(system),
         "judges": judge,
-        "temperature": temperature,
-        "max_tokens": max_tokens,
-        "simulate": resolve(settings, config).model_dump(),
+        **speaking.model_dump(),
+        "simulate": settings.model_dump(),
         "judging": judging.model_dump(),
     }
-    frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
+    frozen = named_manifest(manifest, drawn)
     plan = save_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
     work_through(
         limits,

@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from sotopia_rl.commands.options import SANDBOX, named_manifest
+from sotopia_rl.commands.flags import Flags, resolve
+from sotopia_rl.commands.options import SANDBOX, Drawn, named_manifest
 from sotopia_rl.console import out
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.manifest import Manifest
@@ -34,7 +35,11 @@ def list_manifests() -> None:
 
 
 def freeze_manifests(
-    manifest: str, /, *, output: Path, count: int = 40, profiles: Path | None = None, seed: int = 0
+    manifest: str,
+    /,
+    *,
+    output: Path,
+    drawn: Flags[Drawn] = Drawn(),  # noqa: B008  frozen
 ) -> None:
     """Write the matches of a manifest with their hash, so that everybody plays the same ones.
 
@@ -44,20 +49,12 @@ def freeze_manifests(
         A name of `sotopia-rl manifest list`, or a YAML file of one's own; see docs/evaluation.md.
     output
         File to write: .json or .yaml. An older one of other matches is not replaced.
-    count
-        Number of matches, for the sandbox manifests.
-    profiles
-        Folder with the published SOTOPIA profiles, for matches that are played in them.
-    seed
-        Of the matches, for manifests that have a name.
     """
-    frozen = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
+    (drawn,) = resolve(None, drawn)
+    frozen = named_manifest(manifest, drawn)
     if output.suffix not in {".json", ".yaml", ".yml"}:
         raise ConfigError(f"{output}: a manifest is a .json or a .yaml file")
-    if (
-        output.exists()
-        and (there := named_manifest(str(output), count=0, profiles=None, seed=0)).sha256 != frozen.sha256
-    ):
+    if output.exists() and (there := named_manifest(str(output), Drawn())).sha256 != frozen.sha256:
         raise ConfigError(f"{output} holds {there}, other matches; choose another file")
     output.parent.mkdir(parents=True, exist_ok=True)
     frozen.save(output)
@@ -65,7 +62,11 @@ def freeze_manifests(
 
 
 def show_manifests(
-    manifest: str, /, *, matches: bool = False, count: int = 40, profiles: Path | None = None, seed: int = 0
+    manifest: str,
+    /,
+    *,
+    matches: bool = False,
+    drawn: Flags[Drawn] = Drawn(),  # noqa: B008  frozen
 ) -> None:
     """Show what is in a manifest. A file that no longer has the hash it states is refused.
 
@@ -75,14 +76,9 @@ def show_manifests(
         A manifest file, or a name of `sotopia-rl manifest list`.
     matches
         List every match, not only the scenarios.
-    count
-        Number of matches, for the sandbox manifests.
-    profiles
-        Folder with the published SOTOPIA profiles, for matches that are played in them.
-    seed
-        Of the matches, for manifests that have a name.
     """
-    found = named_manifest(manifest, count=count, profiles=profiles, seed=seed)
+    (drawn,) = resolve(None, drawn)
+    found = named_manifest(manifest, drawn)
     out.print(_described(found), markup=False, soft_wrap=True)
     out.print(_matches(found) if matches else _scenarios(found))
 

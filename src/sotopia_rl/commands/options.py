@@ -1,44 +1,53 @@
-"""What several commands share: settings from defaults, file and flags; stores; finished-work summaries."""
+"""What several commands share: settings of matches and speakers; manifests by name; finished-work summaries."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
+
+from pydantic import Field
 
 from sotopia_rl import sandbox
-from sotopia_rl.config import Config, parse_config, read_yaml
+from sotopia_rl.config import Config
 from sotopia_rl.console import err, used
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.manifest import Manifest, manifest_from
 from sotopia_rl.profiles import SELECTIONS, load_profiles, selected_matches
 from sotopia_rl.stages import Tally
 
-C = TypeVar("C", bound=Config)
-
 DEFAULT_STORE = "episodes.db"
 SANDBOX = ("sandbox-train", "sandbox-held-out")
 """Manifests of the offline world, of any size."""
 
 
-def resolve(flags: C, file: Path | None) -> C:
-    """Settings by precedence: the class's defaults, then the file, then the flags that were given.
+class Drawn(Config):
+    """Which matches a manifest's name stands for."""
 
-    Raises:
-        ConfigError: The file is wrong, or the settings contradict one another.
-    """
-    if file is None:
-        return flags
-    given = flags.model_dump(include=flags.model_fields_set)
-    return parse_config(type(flags), {**read_yaml(file), **given}, where=str(file))
+    count: int = Field(default=40, gt=0)
+    """Number of matches, for the sandbox manifests."""
+    profiles: Path | None = None
+    """Folder with the published SOTOPIA profiles, for the manifests that are played in them."""
+    seed: int = 0
+    """Of the matches, for manifests that have a name."""
 
 
-def named_manifest(name: str, *, count: int, profiles: Path | None, seed: int) -> Manifest:
+class Speaking(Config):
+    """How agents sample."""
+
+    temperature: float = Field(default=0.7, ge=0)
+    """Of every agent; 0 is greedy."""
+    max_tokens: int = Field(default=512, gt=0)
+    """Longest reply of an agent."""
+
+
+def named_manifest(name: str, drawn: Drawn) -> Manifest:
     """A manifest by name (`sandbox-train`, `sandbox-held-out`, a name of `profiles.SELECTIONS`) or from a file."""
+    profiles, seed = drawn.profiles, drawn.seed
     if name == "sandbox-train":
-        return Manifest(name=name, matches=tuple(sandbox.matches("train", count, seed=seed)))
+        return Manifest(name=name, matches=tuple(sandbox.matches("train", drawn.count, seed=seed)))
     if name == "sandbox-held-out":
-        return Manifest(name=name, matches=tuple(sandbox.matches("held_out", count, seed=seed)))
+        return Manifest(name=name, matches=tuple(sandbox.matches("held_out", drawn.count, seed=seed)))
     if name in SELECTIONS:
         if profiles is None:
             raise ConfigError(f"{name} is played in the published SOTOPIA profiles; give their folder with --profiles")

@@ -11,9 +11,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.types import ExistingFile
+from pydantic import PositiveInt
 from rich.markup import escape
 
-from sotopia_rl.commands.options import resolve
+from sotopia_rl.commands.flags import Flags, resolve
 from sotopia_rl.config import parse_config
 from sotopia_rl.console import err, out
 from sotopia_rl.errors import ConfigError
@@ -28,7 +29,7 @@ def serve_vllm(
     log: Path | None = None,
     print_: Annotated[bool, Parameter(name="--print", negative="")] = False,
     config: ExistingFile | None = None,
-    settings: Annotated[VLLMSettings, Parameter(name="*")] = VLLMSettings(),  # noqa: B008  frozen
+    settings: Flags[VLLMSettings] = VLLMSettings(),  # noqa: B008  frozen
 ) -> None:
     """Serve a base with LoRA adapters on vLLM until Ctrl-C.
 
@@ -49,15 +50,15 @@ def serve_vllm(
     from sotopia_rl.serve.vllm import VLLMServer
     from sotopia_rl.serve.vllm_command import shell_command, vllm_command, vllm_environment
 
-    chosen = resolve(settings, config)
+    (settings,) = resolve(config, settings)
     folder, adapters = resolve_model_folder(base), named_adapters(adapter or [])
     if print_:
-        command = vllm_command(folder, adapters, chosen)
-        out.print(shell_command(command, vllm_environment(chosen)), soft_wrap=True, markup=False)
+        command = vllm_command(folder, adapters, settings)
+        out.print(shell_command(command, vllm_environment(settings)), soft_wrap=True, markup=False)
         return
     with suppress(KeyboardInterrupt), terminated_like_ctrl_c(), ExitStack() as stack:
         with starting("vLLM") as watch:
-            server = stack.enter_context(VLLMServer(folder, adapters, chosen, log=log, watch=watch))
+            server = stack.enter_context(VLLMServer(folder, adapters, settings, log=log, watch=watch))
         for name in (None, *adapters):
             out.print(server.model(name), soft_wrap=True, markup=False)
         err.print(f"vLLM answers; its output is in {server.log}; Ctrl-C stops it", soft_wrap=True, markup=False)
@@ -68,10 +69,10 @@ def serve_best_of_n(
     *,
     policy: str,
     reward_model: str,
-    n: Annotated[int | None, Parameter(name="-n")] = None,
+    n: Annotated[PositiveInt | None, Parameter(name="-n")] = None,
     base: str | None = None,
     config: ExistingFile | None = None,
-    settings: Annotated[BestOfNSettings, Parameter(name="*")] = BestOfNSettings(),  # noqa: B008  frozen
+    settings: Flags[BestOfNSettings] = BestOfNSettings(),  # noqa: B008  frozen
 ) -> None:
     """Serve the best of N replies of a policy, chosen by a reward model, until Ctrl-C.
 
@@ -94,17 +95,17 @@ def serve_best_of_n(
     """
     from sotopia_rl.serve.run import KEY_VARIABLE, run_best_of_n
 
-    chosen = resolve(settings, config)
+    (settings,) = resolve(config, settings)
     if n is not None:
-        chosen = parse_config(BestOfNSettings, chosen.model_dump() | {"candidates": n}, where="-n")
+        settings = parse_config(BestOfNSettings, settings.model_dump() | {"candidates": n}, where="-n")
 
     def ready(name: str) -> None:
         out.print(name, soft_wrap=True, markup=False)
-        if chosen.host not in {"127.0.0.1", "localhost", "::1"} and not os.environ.get(KEY_VARIABLE):
-            err.print(f"everybody who reaches {chosen.host} may ask; set {KEY_VARIABLE} to ask for a key")
+        if settings.host not in {"127.0.0.1", "localhost", "::1"} and not os.environ.get(KEY_VARIABLE):
+            err.print(f"everybody who reaches {settings.host} may ask; set {KEY_VARIABLE} to ask for a key")
 
     with suppress(KeyboardInterrupt):
-        run_best_of_n(policy, reward_model, chosen, base=Path(base) if base else None, ready=ready)
+        run_best_of_n(policy, reward_model, settings, base=Path(base) if base else None, ready=ready)
 
 
 def named_adapters(texts: list[str]) -> dict[str, Path]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Parameter
 from cyclopts.types import ExistingFile
 
-from sotopia_rl.commands.options import resolve
+from sotopia_rl.commands.flags import Flags, resolve
 from sotopia_rl.console import bars, out
 from sotopia_rl.episode import AgentSpec, Sampling
 from sotopia_rl.errors import ConfigError
@@ -30,9 +29,9 @@ def sft(
     rows: ExistingFile,
     base: str,
     output: Path,
-    config: ExistingFile | None = None,
-    settings: Annotated[SFTSettings, Parameter(name="*")] = SFTSettings(),  # noqa: B008  frozen
     resume: bool = True,
+    config: ExistingFile | None = None,
+    settings: Flags[SFTSettings] = SFTSettings(),  # noqa: B008  frozen
 ) -> None:
     """Fine-tune a base model on replies worth imitating.
 
@@ -44,17 +43,18 @@ def sft(
         Model folder, or `smollm2`.
     output
         Run folder; the adapter will be in its adapter/.
-    config
-        YAML file with any of the settings below.
     resume
         Go on with an interrupted run; --no-resume refuses one.
+    config
+        YAML file with any of the settings below.
     """
+    (settings,) = resolve(config, settings)
+
     from sotopia_rl.llm.open import resolve_model_folder
     from sotopia_rl.train.sft import train_sft
 
-    chosen = resolve(settings, config)
     with _steps("sft") as progress:
-        result = train_sft(rows, resolve_model_folder(base), chosen, output, resume=resume, progress=progress)
+        result = train_sft(rows, resolve_model_folder(base), settings, output, resume=resume, progress=progress)
     _say(f"{result.name:<7} {result}")
 
 
@@ -63,9 +63,9 @@ def rm(
     rows: ExistingFile,
     base: str,
     output: Path,
-    config: ExistingFile | None = None,
-    settings: Annotated[RewardModelSettings, Parameter(name="*")] = RewardModelSettings(),  # noqa: B008  frozen
     resume: bool = True,
+    config: ExistingFile | None = None,
+    settings: Flags[RewardModelSettings] = RewardModelSettings(),  # noqa: B008  frozen
 ) -> None:
     """Train a reward model on utterance rewards, and report how good it is.
 
@@ -77,17 +77,20 @@ def rm(
         Model folder, or `smollm2`.
     output
         Run folder; the adapter will be in its adapter/, the report in report.json.
-    config
-        YAML file with any of the settings below.
     resume
         Go on with an interrupted run; --no-resume refuses one.
+    config
+        YAML file with any of the settings below.
     """
+    (settings,) = resolve(config, settings)
+
     from sotopia_rl.llm.open import resolve_model_folder
     from sotopia_rl.train.reward_model import train_reward_model
 
-    chosen = resolve(settings, config)
     with _steps("reward model") as progress:
-        result = train_reward_model(rows, resolve_model_folder(base), chosen, output, resume=resume, progress=progress)
+        result = train_reward_model(
+            rows, resolve_model_folder(base), settings, output, resume=resume, progress=progress
+        )
     _say(f"adapter {result}\nreport  {output / 'report.json'}")
 
 
@@ -98,13 +101,13 @@ def grpo(
     policy: Path,
     reward_model: Path,
     output: Path,
-    config: ExistingFile | None = None,
-    settings: Annotated[GRPOSettings, Parameter(name="*")] = GRPOSettings(),  # noqa: B008  frozen
     validation: ExistingFile | None = None,
     judge: str | None = None,
     partner: list[str] | None = None,
     prompt_profile: str = "default",
     resume: bool = True,
+    config: ExistingFile | None = None,
+    settings: Flags[GRPOSettings] = GRPOSettings(),  # noqa: B008  frozen
 ) -> None:
     """Train the policy against the reward model, both adapters of one base.
 
@@ -120,8 +123,6 @@ def grpo(
         Reward adapter, as `sotopia-rl rm` writes it, with its report beside it.
     output
         Run folder; the adapter will be in its adapter/.
-    config
-        YAML file with any of the settings below.
     validation
         Manifest of matches (sotopia-rl manifest freeze) that the policy plays and the judge rates every eval_every
         steps; with it, keep: best means the judge's best goal score.
@@ -133,19 +134,22 @@ def grpo(
         Wording of the prompts in those matches: that of the training rows.
     resume
         Go on with an interrupted run; --no-resume refuses one.
+    config
+        YAML file with any of the settings below.
     """
+    (settings,) = resolve(config, settings)
+
     from sotopia_rl.llm.open import resolve_model_folder
     from sotopia_rl.train.grpo import train_grpo
 
-    chosen = resolve(settings, config)
-    monitor = None if validation is None else _monitor(validation, judge, partner or [], prompt_profile, chosen)
+    monitor = None if validation is None else _monitor(validation, judge, partner or [], prompt_profile, settings)
     with _steps("grpo") as progress:
         result = train_grpo(
             prompts,
             resolve_model_folder(base),
             policy,
             reward_model,
-            chosen,
+            settings,
             output,
             resume=resume,
             progress=progress,

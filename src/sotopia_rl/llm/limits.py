@@ -36,7 +36,8 @@ class ModelLimits(Config):
     max_spend_usd: float | None = Field(default=None, gt=0)
     """Spend cap over all models of the run. Every model called must then have a known price. Empty: no cap."""
     prices: dict[str, tuple[float, float]] = Field(default={})
-    """USD per million prompt and completion tokens, by model string or pattern (`custom/*@http://gpu1:*`)."""
+    """USD per million prompt and completion tokens, by model string or pattern; the flag takes JSON:
+    `{"openai/gpt-4o": [2.5, 10], "custom/*@http://gpu1:*": [0, 0]}`."""
     max_batch: int = Field(default=64, gt=0)
     """In-process models: conversations decoded together."""
     max_batch_tokens: int = Field(default=131_072, gt=0)

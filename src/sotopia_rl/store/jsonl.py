@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from sotopia_rl.episode import SCHEMA_VERSION, Attribution, Episode, Failure, Rating, Record
 from sotopia_rl.errors import DataError, StoreError
+from sotopia_rl.files import json_fault
 from sotopia_rl.store.interface import Original
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _json_object(path: Path, number: int, line: bytes, *, torn: Torn) -> dict[st
         data = json.loads(line)
     except ValueError as error:
         if line.endswith(b"\n"):
-            raise DataError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from error
+            raise DataError(f"{path}:{number}: not JSON ({json_fault(error)}); mend or remove the line") from error
         if torn == "refuse":
             raise DataError(
                 f"{path}:{number}: the last line is half-written; remove it, or skip it with --skip-torn-line"
