@@ -155,6 +155,37 @@ def test_sotopias_lines_hold_what_sotopia_knows_and_say_what_was_left_out(said, 
     assert [t.action for t in back[episode(0).id].turns] == [t.action for t in episode(0).turns]
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tag", "nosuch"], "no episode has the tag 'nosuch'; tags in this store: other (1), t (2)"),
+        (
+            ["--tag", "t", "--status", "agent_failed"],
+            "no agent_failed episode has the tag 't'; tags in this store:",
+        ),
+        (["--model", "x", "--codename", "y"], "no episode has the model 'x' and the codename 'y'; tags in this store"),
+        (["--layout", "sotopia", "--judge", "x"], "no episode was rated by 'x'; judges in this store: scripted/judge"),
+        (["--layout", "sotopia", "--codename", "code1"], "no place for any episode: 1 not judged"),
+    ],
+)
+def test_an_export_of_nothing_is_refused_and_leaves_the_older_file(said, store, tmp_path, flags, words):
+    target = tmp_path / "all.jsonl"
+    said("episodes", "export", target, "--store", store)
+    before = target.read_bytes()
+    code, _, err = said("episodes", "export", target, "--store", store, *flags)
+    assert (code, err.count("\n")) == (1, 1)
+    assert words in err
+    assert target.read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_nothing_is_copied_from_store_to_store_where_nothing_is_meant(said, store, tmp_path):
+    for command in (["export", tmp_path / "new.db", "--store", store], ["import", store, "--store", tmp_path / "n.db"]):
+        code, _, err = said("episodes", *command, "--tag", "nosuch")
+        assert (code, "tags in this store: other (1), t (2)" in err) == (1, True)
+    assert not (tmp_path / "new.db").exists()
+
+
 def test_a_torn_line_is_refused_or_skipped_as_told(said, store, tmp_path):
     said("episodes", "export", tmp_path / "torn.jsonl", "--store", store)
     torn = (tmp_path / "torn.jsonl").read_text().rstrip("\n")[:-20]

@@ -182,6 +182,12 @@ def test_files_of_another_version_or_another_kind_are_refused(tmp_path):
         import_file(tmp_path / "missing.jsonl", open_store(tmp_path / "none.jsonl"))
 
 
+def test_an_export_into_what_is_no_folder_is_one_clear_error(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"e\.jsonl: cannot be written \(File exists\); free some space or give anoth"):
+        export_file(source, tmp_path / "file" / "e.jsonl")
+
+
 @pytest.mark.parametrize("layout", ["sotopia-rl", "sotopia"])
 def test_an_export_that_finds_the_disk_full_keeps_the_older_file(tmp_path, layout):
     path = tmp_path / "e.jsonl"

@@ -23,7 +23,7 @@ from sotopia_rl.llm.open import with_models
 from sotopia_rl.manifest import evaluation_pairings
 from sotopia_rl.reward import Credited, RewardConfig
 from sotopia_rl.simulate import SimulateConfig
-from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
+from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store, refuse_empty
 
 
 def simulate(
@@ -292,13 +292,6 @@ def refuse_started(store: EpisodeStore, tag: str, *, resume: bool) -> None:
     """Raises ConfigError where the tag has episodes and is not to be resumed."""
     if not resume and (count := store.count(EpisodeQuery(tag=tag))):
         raise ConfigError(f"tag {tag!r} has {count} episodes; choose another tag, or leave --no-resume out")
-
-
-def refuse_empty(store: EpisodeStore, query: EpisodeQuery) -> None:
-    """Raises DataError where no episode is meant, with the tags there are."""
-    if not store.count(query):
-        tags = ", ".join(f"{tag} ({count})" for tag, count in store.tags().items()) or "none"
-        raise DataError(f"no {query.status or ''} episode has the tag {query.tag!r}; tags in this store: {tags}")
 
 
 def the_judge(store: EpisodeStore, query: EpisodeQuery, named: str | None) -> str:

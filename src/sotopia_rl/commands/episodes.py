@@ -17,7 +17,16 @@ from sotopia_rl.commands.options import DEFAULT_STORE
 from sotopia_rl.console import err, out, show_episode, status_style
 from sotopia_rl.episode import EpisodeStatus
 from sotopia_rl.errors import DataError
-from sotopia_rl.store import EpisodeQuery, EpisodeStore, EpisodeSummary, copy, export_file, import_file, open_store
+from sotopia_rl.store import (
+    EpisodeQuery,
+    EpisodeStore,
+    EpisodeSummary,
+    copy,
+    export_file,
+    import_file,
+    open_store,
+    refuse_empty,
+)
 from sotopia_rl.store.transfer import Layout
 
 
@@ -165,6 +174,7 @@ def export_episodes(
         if target.endswith(".jsonl"):
             report = export_file(source, Path(target), query, layout=layout, judge=judge)
         else:
+            refuse_empty(source, query)
             with closing(open_store(target)) as into:
                 report = copy(source, into, query)
     err.print(f"{target}: {report}", markup=False, soft_wrap=True)
@@ -207,5 +217,6 @@ def import_episodes(
             report = import_file(Path(source), into, known=known, torn="skip" if skip_torn_line else "refuse")
         else:
             with closing(open_store(source, create=False)) as other:
+                refuse_empty(other, query)
                 report = copy(other, into, query)
     err.print(f"{store}: {report}", markup=False, soft_wrap=True)
