@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,26 @@ def written_whole(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A place for files that belong together: they go into `folder`, which is made, when all of them are whole.
+
+    Raises:
+        DataError: The folder cannot be written to.
+    """
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for file in sorted(part.iterdir()):
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise DataError(not_written(folder, error)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def not_written(path: Path, error: OSError) -> str:

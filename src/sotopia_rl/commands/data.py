@@ -17,6 +17,7 @@ from sotopia_rl.console import bars, out
 from sotopia_rl.dataset import CloningFilter, write_provenance
 from sotopia_rl.episode import AgentSpec, Episode, Rating, Sampling
 from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.files import written_together
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import with_models
@@ -263,9 +264,8 @@ def reward(
     chosen = resolve(settings, config)
     if not resume and (output / "rewards.jsonl").exists():
         raise DataError(f"{output}: holds rewards; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
     query = EpisodeQuery(tag=tag, status="completed")
-    with closing(open_store(store, create=False)) as episodes:
+    with closing(open_store(store, create=False)) as episodes, written_together(output) as folder:
         judge = the_judge(episodes, query, judge)
 
         def rated() -> Iterator[tuple[Episode, Rating]]:
@@ -276,15 +276,15 @@ def reward(
                 return (Credited(*pair) for pair in rated())
             return stages.credited(rated(), episodes, method=method, annotator=annotator)
 
-        stages.reward_into(data, output, chosen, normaliser)
-        rewards = stages.read_rewards(output / "rewards.jsonl")
-        stages.cloning_rows_into(rated, output / "sft.jsonl", cloning)
-        count = stages.reward_rows_into(rated(), rewards, output / "reward.jsonl")
-        write_provenance(output, judge=judge, annotator=annotator, attribution=method)
+        stages.reward_into(data, folder, chosen, normaliser)
+        rewards = stages.read_rewards(folder / "rewards.jsonl")
+        stages.cloning_rows_into(rated, folder / "sft.jsonl", cloning)
+        count = stages.reward_rows_into(rated(), rewards, folder / "reward.jsonl")
+        write_provenance(folder, judge=judge, annotator=annotator, attribution=method)
         if report:
             from sotopia_rl.reward_report import write_reward_report
 
-            out.print(write_reward_report(data(), chosen, output), markup=False, soft_wrap=True)
+            out.print(write_reward_report(data(), chosen, folder), markup=False, soft_wrap=True)
     out.print(f"{count} rewarded utterances in {output}")
 
 
