@@ -70,6 +70,14 @@ def test_a_query_chooses_what_is_copied_with_what_is_said_of_it(source, tmp_path
         assert target.tags() == {"a": 3}
 
 
+def test_failed_judgements_and_attributions_go_with_a_choice_of_episodes(source, tmp_path):
+    for number, tag in ((0, "a"), (1, "b")):
+        source.add_failure("judge", f"{episode(number, tag=tag).id}/custom/j@http://localhost", FAILURE)
+    with open_store(tmp_path / "t.db") as target:
+        copy(source, target, EpisodeQuery(tag="a"))
+        assert [item.split("/")[0] for _, item, _ in target.failures()] == [episode(0, tag="a").id]
+
+
 def test_sotopias_file_holds_judged_episodes_and_the_rest_is_counted(source, tmp_path):
     path = tmp_path / "s.jsonl"
     report = export_file(source, path, layout="sotopia")

@@ -25,6 +25,7 @@ from sotopia_rl.manifest import evaluation_pairings
 from sotopia_rl.reward import Credited, RewardConfig
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store, refuse_empty
+from sotopia_rl.store.readable import Unreadable, readable_rated
 
 
 def simulate(
@@ -199,13 +200,15 @@ def annotate(
         if dry_run:
             from sotopia_rl.attribute.estimate import estimate
 
-            out.print(estimate(episodes.rated(query, judge=judge), chosen, annotator, limits), markup=False)
+            found = readable_rated(episodes, query, judge)
+            pairs = (pair for pair in found if not isinstance(pair, Unreadable))
+            out.print(estimate(pairs, chosen, annotator, limits), markup=False)
             return
         with bars() as watch:
             tally = with_models(
                 limits,
                 lambda pool: stages.annotate_into(
-                    episodes.rated(query, judge=judge),
+                    readable_rated(episodes, query, judge),
                     episodes,
                     pool.get(annotator) if annotator and METHODS[chosen.method].asks else None,
                     total=len(episodes.rated_ids(judge).intersection(episodes.ids(query))),
@@ -301,7 +304,8 @@ def the_judge(store: EpisodeStore, query: EpisodeQuery, named: str | None) -> st
         DataError: No episode is rated (by it), or several judges rated them and none is named.
     """
     refuse_empty(store, query)
-    judges = sorted({rating.judge for _, rating in store.rated(query)})
+    meant = set(store.ids(query))
+    judges = [judge for judge in store.judges() if meant & store.rated_ids(judge)]
     if not judges or (named is not None and named not in judges):
         raise DataError(
             f"tag {query.tag!r} has no ratings{f' by {named}' if named else ''}; run sotopia-rl judge first"

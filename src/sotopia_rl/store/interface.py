@@ -137,7 +137,7 @@ class EpisodeStore(Protocol):
         ...
 
     def delete_episodes(self, ids: Iterable[str]) -> int:
-        """Remove episodes with their ratings and attributions; how many were there."""
+        """Remove episodes with their ratings, attributions and failures, read or not; how many were there."""
         ...
 
     def add_rating(self, rating: Rating) -> None: ...
@@ -205,6 +205,11 @@ def refuse_empty(store: EpisodeStore, query: EpisodeQuery) -> None:
     raise DataError(
         f"no {status}episode {f'has {has}' if has else 'is there'}; tags in this store: {with_counts(store.tags())}"
     )
+
+
+def episode_of(item_id: str) -> str:
+    """The episode whose failure is kept under `item_id`: its id, or its id, a slash and what was asked about it."""
+    return item_id.partition("/")[0]
 
 
 def with_counts(numbers: Mapping[str, int]) -> str:

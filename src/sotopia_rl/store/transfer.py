@@ -19,7 +19,15 @@ from sotopia_rl.episode import Attribution, Episode, Rating
 from sotopia_rl.errors import DataError, StoreError
 from sotopia_rl.files import not_written, written_whole
 from sotopia_rl.profiles import Profiles
-from sotopia_rl.store.interface import EVERYTHING, EpisodeQuery, EpisodeStore, Original, refuse_empty, with_counts
+from sotopia_rl.store.interface import (
+    EVERYTHING,
+    EpisodeQuery,
+    EpisodeStore,
+    Original,
+    episode_of,
+    refuse_empty,
+    with_counts,
+)
 from sotopia_rl.store.jsonl import Deletion, JsonlWriter, StageFailure, Torn, read_json_lines, read_records
 from sotopia_rl.store.sotopia_read import NOTHING_KNOWN, Imported, LeftOutError, is_line, read_document
 from sotopia_rl.store.sotopia_write import line_document
@@ -78,7 +86,7 @@ def _failures(source: EpisodeStore, query: EpisodeQuery) -> Iterator[StageFailur
     """All of them with a whole store; with a choice of episodes, only theirs."""
     chosen = None if query == EVERYTHING else set(source.ids(query))
     for stage, item_id, failure in source.failures():
-        if chosen is None or item_id in chosen:
+        if chosen is None or episode_of(item_id) in chosen:
             yield StageFailure(stage=stage, item_id=item_id, failure=failure)
 
 
