@@ -52,6 +52,27 @@ def test_the_data_commands_end_in_training_rows(rows: Path) -> None:
     assert json.loads((rows / "provenance.json").read_text()) == {"judge": "scripted/judge", "attribution": "direct"}
 
 
+def test_a_full_disk_leaves_all_the_files_of_an_older_reward(rows: Path, tmp_path: Path) -> None:
+    store = rows.parent / "read-only.jsonl"  # SQLite needs room beside its file to be read
+    call("episodes", "export", store, "--store", rows.parent / "episodes.db")
+    again = ["reward", "--output", tmp_path, *DATA, "--store", store]
+    call(*again)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limit = len(before["rewards.jsonl"]) + 1000  # reward.jsonl is larger
+    assert limit < len(before["reward.jsonl"])
+    program = (
+        "import resource, sys; from sotopia_rl.cli import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), {2**30}))\n"
+        "main(sys.argv[2:])"
+    )
+    for size in (1000, limit):
+        command = [sys.executable, "-c", program, str(size), *map(str, again), "--weights.goal", "3"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 1
+        assert "cannot be written (File too large); free some space or give another path, and run again" in run.stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def made_base(rows: Path, folder: Path) -> Path:
     from sotopia_rl.train.tiny import train_base
 

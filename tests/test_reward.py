@@ -241,6 +241,10 @@ def test_the_report_counts_everything_and_names_extremes(caplog):
     assert rewards == sorted(rewards, reverse=True)
     text = report_text(report)
     assert "knowledge is constant" in text
+    _, headings, *rows = text.partition("correlation of the points")[2].splitlines()[:5]
+    assert headings.split() == ["1", "2", "3"]
+    assert [row.split()[:2] for row in rows] == [["1", "goal"], ["2", "relationship"], ["3", "knowledge"]]
+    assert [headings.index(number) for number in "123"] == [rows[0].index("1.00", 2) + 3 + 7 * n for n in range(3)]
     assert "24 utterances of 8 episodes" in text
     assert caplog.messages
 

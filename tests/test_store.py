@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from real_redis import needs_redis, redis_server
 from sotopia_rl.errors import StoreError
 from sotopia_rl.store import EpisodeQuery, EpisodeSummary, Original, open_store
+from sotopia_rl.store.readable import readable_episodes, readable_rated
 from sotopia_rl.store.sotopia_write import log_document
 from store_samples import FAILURE, attribution, episode, rating
 
@@ -165,11 +166,23 @@ def test_tags_are_counted_and_episodes_deleted_with_what_was_said_of_them(store)
     store.add_episodes(episodes)
     store.add_rating(rating(episodes[0]))
     store.add_original(original_of(episodes[0]))
+    for stage, item in (("judge", f"{episodes[0].id}/j"), ("x", episodes[0].id), ("judge", f"{episodes[1].id}/j")):
+        store.add_failure(stage, item, FAILURE)
     assert store.tags() == {"a": 2, "b": 1}
     assert store.delete_episodes([episodes[0].id, "unknown"]) == 1
     assert store.tags() == {"a": 1, "b": 1}
     assert list(store.ratings()) == []
     assert store.original(episodes[0].id) is None
+    assert [item for _, item, _ in store.failures()] == [f"{episodes[1].id}/j"]
+
+
+def test_records_are_read_one_by_one_with_their_rating(store):
+    episodes = sorted((episode(n) for n in range(3)), key=lambda e: e.id)
+    store.add_episodes(episodes)
+    store.add_ratings([rating(episodes[0]), rating(episodes[2]), rating(episodes[1], "j2")])
+    assert list(readable_episodes(store, store.ids())) == episodes
+    pairs = [(e, rating(e)) for e in (episodes[0], episodes[2])]
+    assert list(readable_rated(store, EpisodeQuery(tag="t"), "scripted/judge")) == pairs
 
 
 def test_an_unknown_episode_is_one_clear_error(store):

@@ -14,7 +14,7 @@ import pytest
 from real_redis import needs_redis, redis_server
 from sotopia_data import FOLDER, needs_sotopia_data, profiles
 from sotopia_rl.episode import Match
-from sotopia_rl.errors import StoreError
+from sotopia_rl.errors import DamagedRecordError, StoreError
 from sotopia_rl.store import copy, export_file, import_file, open_store
 from sotopia_rl.store.sotopia_redis import EPISODE_LOG, schema
 from sotopia_rl.store.sotopia_write import line_document, log_document
@@ -118,6 +118,15 @@ def test_another_conversation_takes_the_log_with_it(store, db):
     store.delete_episodes([one.id])
     assert log_in(db, one.id) is None
     assert [key for key in db.keys("sotopia-rl:*") if one.id in key] == []
+
+
+def test_a_damaged_episode_is_named_and_can_be_removed(store, db):
+    store.add_episodes([episode(1), episode(2)])
+    db.set(f"sotopia-rl:episode:{episode(1).id}", '{"id": 3')
+    with pytest.raises(DamagedRecordError, match=rf"episode {episode(1).id} cannot be read"):
+        list(store.episodes())
+    assert store.delete_episodes([episode(1).id]) == 1
+    assert list(store.episodes()) == [episode(2)]
 
 
 def test_a_new_tag_reaches_the_log(store, db):

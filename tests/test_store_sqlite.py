@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from damage import cut_short
 from sotopia_rl.episode import SCHEMA_VERSION
-from sotopia_rl.errors import StoreError
+from sotopia_rl.errors import DamagedRecordError, StoreError
 from sotopia_rl.store import SQLiteStore, open_store
-from store_samples import episode
+from store_samples import FAILURE, episode, rating
 
 TESTS = Path(__file__).parent
 
@@ -146,12 +147,19 @@ def test_a_truncated_record_is_named(tmp_path):
     path = tmp_path / "e.db"
     with open_store(path) as store:
         store.add_episode(episode())
-    db = sqlite3.connect(path)
-    db.execute("UPDATE episodes SET record = substr(record, 1, 100)")
-    db.commit()
-    db.close()
-    with open_store(path) as store, pytest.raises(StoreError, match=rf"episode {episode().id} cannot be read"):
+    cut_short(path, episode().id)
+    with open_store(path) as store, pytest.raises(DamagedRecordError, match=rf"episode {episode().id} cannot be read"):
         list(store.episodes())
+
+
+def test_what_is_damaged_beside_an_episode_goes_with_it(store):
+    store.add_episode(episode())
+    store.add_rating(rating(episode()))
+    store.add_failure("judge", f"{episode().id}/j", FAILURE)
+    cut_short(store.path, episode().id, "ratings", "episode_id")
+    cut_short(store.path, f"{episode().id}/j", "failures", "item_id", length=5)
+    assert store.delete_episodes([episode().id]) == 1
+    assert [*store.ratings(), *store.failures()] == []
 
 
 def test_a_place_that_cannot_hold_a_store_is_one_clear_error(tmp_path):

@@ -70,6 +70,14 @@ def test_a_query_chooses_what_is_copied_with_what_is_said_of_it(source, tmp_path
         assert target.tags() == {"a": 3}
 
 
+def test_failed_judgements_and_attributions_go_with_a_choice_of_episodes(source, tmp_path):
+    for number, tag in ((0, "a"), (1, "b")):
+        source.add_failure("judge", f"{episode(number, tag=tag).id}/custom/j@http://localhost", FAILURE)
+    with open_store(tmp_path / "t.db") as target:
+        copy(source, target, EpisodeQuery(tag="a"))
+        assert [item.split("/")[0] for _, item, _ in target.failures()] == [episode(0, tag="a").id]
+
+
 def test_sotopias_file_holds_judged_episodes_and_the_rest_is_counted(source, tmp_path):
     path = tmp_path / "s.jsonl"
     report = export_file(source, path, layout="sotopia")
@@ -180,6 +188,12 @@ def test_files_of_another_version_or_another_kind_are_refused(tmp_path):
         import_file(path, open_store(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="cannot be read"):
         import_file(tmp_path / "missing.jsonl", open_store(tmp_path / "none.jsonl"))
+
+
+def test_an_export_into_what_is_no_folder_is_one_clear_error(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"e\.jsonl: cannot be written \(File exists\); free some space or give anoth"):
+        export_file(source, tmp_path / "file" / "e.jsonl")
 
 
 @pytest.mark.parametrize("layout", ["sotopia-rl", "sotopia"])

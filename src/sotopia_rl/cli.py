@@ -47,12 +47,13 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 for _name, (_target, _group, _help) in COMMANDS.items():
     app.command(f"sotopia_rl.commands.{_target}", name=_name, group=_group, help=_help)
 
-episodes = App(name="episodes", help="List, show, export and import episodes.", group=_DATA)
+episodes = App(name="episodes", help="List, show, export, import and delete episodes.", group=_DATA)
 for _name, _help in {
     "list": "One line per episode.",
     "show": "One conversation, to read.",
     "export": "Copy episodes into another store or a JSONL file.",
     "import": "Copy episodes from another store or a JSONL file.",
+    "delete": "Remove episodes with all that is said of them.",
 }.items():
     episodes.command(f"sotopia_rl.commands.episodes:{_name}_episodes", name=_name, help=_help)
 app.command(episodes)

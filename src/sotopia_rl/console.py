@@ -6,7 +6,7 @@ Results go to stdout, the rest to stderr.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
@@ -18,6 +18,8 @@ from rich.text import Text
 from sotopia_rl.episode import Episode, EpisodeStatus, Rating, Seat, Turn, Usage, UtteranceReward
 from sotopia_rl.observe import goal_text, scenario_text
 from sotopia_rl.stages import Tally, Watch
+from sotopia_rl.store.interface import episode_of
+from sotopia_rl.store.jsonl import StageFailure
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -101,7 +103,12 @@ def status_style(status: EpisodeStatus) -> str:
     return STATUS_STYLE.get(status, "red")
 
 
-def show_episode(episode: Episode, ratings: list[Rating], rewards: dict[int, UtteranceReward] | None = None) -> Group:
+def show_episode(
+    episode: Episode,
+    ratings: list[Rating],
+    rewards: dict[int, UtteranceReward] | None = None,
+    failures: Iterable[StageFailure] = (),
+) -> Group:
     """A conversation as a person would read it: who they are, what each wants, what was said, what it earned."""
     codename = episode.match.scenario.codename or episode.match.scenario.id
     title = Text.assemble((codename, "bold"), (f"  {episode.tag}  {episode.id}", "dim"))
@@ -118,6 +125,7 @@ def show_episode(episode: Episode, ratings: list[Rating], rewards: dict[int, Utt
     parts += [Text(), Text(_ending(episode), style="yellow" if episode.failure else "dim")]
     for rating in ratings:
         parts += [Text(), _scores(episode, rating)]
+    parts += [part for failed in failures for part in (Text(), Text(_failed(failed), style="yellow"))]
     return Group(*(Constrain(part, WIDEST) for part in parts))
 
 
@@ -172,6 +180,11 @@ def _ending(episode: Episode) -> str:
         "stale": f"{turns}; nobody had more to say",
         "turn_limit": f"{turns}, which were all there were",
     }[episode.end_reason or "turn_limit"]
+
+
+def _failed(failed: StageFailure) -> str:
+    what = failed.item_id.removeprefix(episode_of(failed.item_id)).removeprefix("/")
+    return f"{failed.stage} {what} failed ({failed.failure.kind}): {failed.failure.message}"
 
 
 def _scores(episode: Episode, rating: Rating) -> Table:

@@ -4,6 +4,7 @@ SotopiaRLError
 ├── ConfigError            a config file, a flag or a model string is wrong
 ├── DataError              a file or a record cannot be used (names the file and line)
 ├── StoreError             the episode store cannot be opened, read or written
+│   └── DamagedRecordError one record in it cannot be read; the others can
 ├── ModelCallError         a model gave no reply: timeout, refusal, connection, HTTP status
 │   ├── ReplyError         it replied, but the reply is unusable after every attempt
 │   ├── BudgetError        the run's spend cap is reached; no further call is made
@@ -56,6 +57,16 @@ class DataError(SotopiaRLError):
 
 class StoreError(SotopiaRLError):
     """The episode store cannot be opened, read or written."""
+
+
+class DamagedRecordError(StoreError):
+    """One record of a store cannot be read; the others can."""
+
+    def __init__(self, where: object, what: str, cause: str) -> None:
+        super().__init__(
+            f"{where}: {what} cannot be read ({cause}); remove the episode with `sotopia-rl episodes delete`, and "
+            "import it again from where it came"
+        )
 
 
 class ModelCallError(SotopiaRLError):

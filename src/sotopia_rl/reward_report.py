@@ -161,8 +161,9 @@ def report_text(report: RewardReport) -> str:
         lines.append(f"{d.name:{width}} " + "".join(f"{number:7.2f}" for number in numbers) + f"  {d.bars}")
     lines += [f"{name} is constant: it adds nothing to the reward" for name in report.constant]
     lines += ["", "correlation of the points"]
-    for name, row in zip(report.dimensions, report.correlations, strict=True):
-        lines.append(f"{name:{width}} " + "".join("      -" if r is None else f"{r:7.2f}" for r in row))
+    lines.append(f"{'':{width}}   " + "".join(f"{number:7}" for number, _ in enumerate(report.dimensions, start=1)))
+    for number, (name, row) in enumerate(zip(report.dimensions, report.correlations, strict=True), start=1):
+        lines.append(f"{number} {name:{width}} " + "".join("      -" if r is None else f"{r:7.2f}" for r in row))
     for title, examples in (("highest rewards", report.highest), ("lowest rewards", report.lowest)):
         lines += ["", title]
         for e in examples:

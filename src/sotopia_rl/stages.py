@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from sotopia_rl.attribute import AttributionConfig, AttributionKey, annotator_name, attribute_all
+from sotopia_rl.attribute import AttributionConfig, annotator_name, attribute_all
 from sotopia_rl.dataset import CloningFilter, Judged, reward_rows, select_for_cloning, sft_rows, write_rows
 from sotopia_rl.episode import (
     AgentSpec,
@@ -39,6 +40,8 @@ from sotopia_rl.models import ChatModel
 from sotopia_rl.reward import Credited, Normaliser, RewardConfig, fit_normaliser, utterance_rewards
 from sotopia_rl.simulate import Pairing, SimulateConfig, episode_id, simulate
 from sotopia_rl.store import EpisodeQuery, EpisodeStore
+from sotopia_rl.store.interface import episode_of
+from sotopia_rl.store.readable import Unreadable, readable_episodes
 
 if TYPE_CHECKING:
     from sotopia_rl.evaluate import Played
@@ -180,12 +183,22 @@ async def judge_into(
     watch(tally)
     target.delete_failures("judge", [f"{e}/{judge.name}" for e in todo])
     last = Failure(kind="cancelled", message="stopped")
-    source = (episodes.episode(episode_id) for episode_id in todo)
-    async for episode, outcome in judge_all(source, judge, config, limit=limit):
+
+    def failed(episode_id: str, failure: Failure) -> None:
+        target.add_failure("judge", f"{episode_id}/{judge.name}", failure)
+        tally.add(failure, failure.usage)
+
+    def source() -> Iterator[Episode]:
+        for found in readable_episodes(episodes, todo):
+            if isinstance(found, Unreadable):
+                failed(found.episode_id, found.failure)
+            else:
+                yield found
+
+    async for episode, outcome in judge_all(source(), judge, config, limit=limit):
         if isinstance(outcome, Failure):
             last = outcome
-            target.add_failure("judge", f"{episode.id}/{judge.name}", outcome)
-            tally.add(outcome, outcome.usage)
+            failed(episode.id, outcome)
         else:
             target.add_rating(outcome)
             tally.add(None, outcome.provenance.usage)
@@ -223,7 +236,7 @@ async def play_and_judge(
 
 
 async def annotate_into(
-    rated: Iterable[tuple[Episode, Rating]],
+    rated: Iterable[tuple[Episode, Rating] | Unreadable],
     target: EpisodeStore,
     annotator: ChatModel | None,
     *,
@@ -236,32 +249,42 @@ async def annotate_into(
     """Attribute the scores of both agents of every rated episode, leaving out what `target` holds already.
 
     Args:
+        rated: What cannot be read is counted as failed.
         total: Number of rated episodes, for the progress bar.
         again: Leave nothing out.
     """
     name = annotator_name(annotator, config)
     present = set() if again else target.attributed(method=config.label, annotator=name)
-    tally = Tally("attributions", total=2 * total * (1 if config.together else len(config.dimensions)))
+    tally = Tally("attributions", total=2 * total * len(config.groups))
     watch(tally)
     last, all_tried = Failure(kind="cancelled", message="stopped"), False
 
+    def item_id(episode_id: str, seat: int, dimensions: Sequence[str]) -> str:
+        return f"{episode_id}/{seat}/{','.join(dimensions)}/{config.label}/{name}"
+
+    def failed(item: str, failure: Failure) -> None:
+        target.add_failure("annotate", item, failure)
+        tally.add(failure, failure.usage)
+
     def source() -> Iterator[tuple[Episode, Rating]]:
         nonlocal all_tried
-        yield from rated
+        for found in rated:
+            if isinstance(found, Unreadable):
+                for seat, dimensions in product((0, 1), config.groups):
+                    failed(item_id(found.episode_id, seat, dimensions), found.failure)
+            else:
+                yield found
         all_tried = True
 
-    def done(key: AttributionKey) -> bool:
-        return (key.episode_id, key.seat, key.dimension) in present
-
-    async for item, outcome in attribute_all(source(), annotator, config, limit=limit, done=done):
-        item_id = f"{item.episode.id}/{item.seat}/{','.join(item.dimensions)}/{config.label}/{name}"
+    outcomes = attribute_all(source(), annotator, config, limit=limit, done=lambda key: key[:3] in present)
+    async for item, outcome in outcomes:
+        key = item_id(item.episode.id, item.seat, item.dimensions)
         if isinstance(outcome, Failure):
-            target.add_failure("annotate", item_id, outcome)
             last = outcome
-            tally.add(outcome, outcome.usage)
+            failed(key, outcome)
         else:
             target.add_attributions(outcome)
-            target.delete_failures("annotate", [item_id])
+            target.delete_failures("annotate", [key])
             tally.add(None, sum((a.provenance.usage for a in outcome), Usage()))
         watch(tally)
     if all_tried:
@@ -365,7 +388,7 @@ def load_played(system: str, manifest: Manifest, store: EpisodeStore, judge: str
     """What a system did over a manifest, from the store it was played and judged into."""
     from sotopia_rl.evaluate import Played  # noqa: PLC0415 - scipy: 65 MB and a second that playing does not need
 
-    failures = {item.partition("/")[0]: failure for _, item, failure in store.failures("judge")}
+    failures = {episode_of(item): failure for _, item, failure in store.failures("judge")}
     ratings = {rating.episode_id: rating for rating in store.ratings(judge=judge)}
     return Played(system, manifest, list(store.episodes()), ratings, failures)
 

@@ -105,6 +105,11 @@ class AttributionConfig(Config):
         return "-".join(parts)
 
     @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Dimensions that one question is about."""
+        return [self.dimensions] if self.together else [(name,) for name in self.dimensions]
+
+    @property
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
 

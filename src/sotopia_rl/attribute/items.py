@@ -48,13 +48,12 @@ def attribution_items(
     An item that is half done is asked again as a whole: its question, and so its answer, is then the one that an
     unbroken run would have had.
     """
-    groups = [config.dimensions] if config.together else [(name,) for name in config.dimensions]
     seats: tuple[Seat, Seat] = (0, 1)
     for episode, rating in items:
         if rating.episode_id != episode.id:
             raise ValueError(f"rating of episode {rating.episode_id} came with episode {episode.id}")
         for seat in seats:
-            for group in groups:
+            for group in config.groups:
                 item = AttributionItem(episode, rating, seat, group)
                 if not all(done(item.key(name, config, annotator)) for name in group):
                     yield item

@@ -20,13 +20,15 @@ from sotopia_rl.console import bars, out
 from sotopia_rl.dataset import CloningFilter, write_provenance
 from sotopia_rl.episode import AgentSpec, Episode, Rating, Sampling
 from sotopia_rl.errors import ConfigError, DataError
+from sotopia_rl.files import written_together
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import with_models
 from sotopia_rl.manifest import evaluation_pairings
 from sotopia_rl.reward import Credited, RewardConfig
 from sotopia_rl.simulate import SimulateConfig
-from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
+from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store, refuse_empty
+from sotopia_rl.store.readable import Unreadable, readable_rated
 
 
 def simulate(
@@ -190,13 +192,15 @@ def annotate(
         if dry_run:
             from sotopia_rl.attribute.estimate import estimate
 
-            out.print(estimate(episodes.rated(query, judge=judge), settings, annotator, limits), markup=False)
+            found = readable_rated(episodes, query, judge)
+            pairs = (pair for pair in found if not isinstance(pair, Unreadable))
+            out.print(estimate(pairs, settings, annotator, limits), markup=False)
             return
         with bars() as watch:
             tally = with_models(
                 limits,
                 lambda pool: stages.annotate_into(
-                    episodes.rated(query, judge=judge),
+                    readable_rated(episodes, query, judge),
                     episodes,
                     pool.get(annotator) if annotator and METHODS[settings.method].asks else None,
                     total=len(episodes.rated_ids(judge).intersection(episodes.ids(query))),
@@ -255,9 +259,8 @@ def reward(
     settings, cloning = resolve(config, settings, cloning, sections={CloningFilter: "cloning"})
     if not resume and (output / "rewards.jsonl").exists():
         raise DataError(f"{output}: holds rewards; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
     query = EpisodeQuery(tag=tag, status="completed")
-    with closing(open_store(store, create=False)) as episodes:
+    with closing(open_store(store, create=False)) as episodes, written_together(output) as folder:
         judge = the_judge(episodes, query, judge)
 
         def rated() -> Iterator[tuple[Episode, Rating]]:
@@ -268,15 +271,15 @@ def reward(
                 return (Credited(*pair) for pair in rated())
             return stages.credited(rated(), episodes, method=method, annotator=annotator)
 
-        stages.reward_into(data, output, settings, normaliser)
-        rewards = stages.read_rewards(output / "rewards.jsonl")
-        stages.cloning_rows_into(rated, output / "sft.jsonl", cloning)
-        count = stages.reward_rows_into(rated(), rewards, output / "reward.jsonl")
-        write_provenance(output, judge=judge, annotator=annotator, attribution=method)
+        stages.reward_into(data, folder, settings, normaliser)
+        rewards = stages.read_rewards(folder / "rewards.jsonl")
+        stages.cloning_rows_into(rated, folder / "sft.jsonl", cloning)
+        count = stages.reward_rows_into(rated(), rewards, folder / "reward.jsonl")
+        write_provenance(folder, judge=judge, annotator=annotator, attribution=method)
         if report:
             from sotopia_rl.reward_report import write_reward_report
 
-            out.print(write_reward_report(data(), settings, output), markup=False, soft_wrap=True)
+            out.print(write_reward_report(data(), settings, folder), markup=False, soft_wrap=True)
     out.print(f"{count} rewarded utterances in {output}")
 
 
@@ -286,13 +289,6 @@ def refuse_started(store: EpisodeStore, tag: str, *, resume: bool) -> None:
         raise ConfigError(f"tag {tag!r} has {count} episodes; choose another tag, or leave --no-resume out")
 
 
-def refuse_empty(store: EpisodeStore, query: EpisodeQuery) -> None:
-    """Raises DataError where no episode is meant, with the tags there are."""
-    if not store.count(query):
-        tags = ", ".join(f"{tag} ({count})" for tag, count in store.tags().items()) or "none"
-        raise DataError(f"no {query.status or ''} episode has the tag {query.tag!r}; tags in this store: {tags}")
-
-
 def the_judge(store: EpisodeStore, query: EpisodeQuery, named: str | None) -> str:
     """The judge whose scores are meant.
 
@@ -300,7 +296,8 @@ def the_judge(store: EpisodeStore, query: EpisodeQuery, named: str | None) -> st
         DataError: No episode is rated (by it), or several judges rated them and none is named.
     """
     refuse_empty(store, query)
-    judges = sorted({rating.judge for _, rating in store.rated(query)})
+    meant = set(store.ids(query))
+    judges = [judge for judge in store.judges() if meant & store.rated_ids(judge)]
     if not judges or (named is not None and named not in judges):
         raise DataError(
             f"tag {query.tag!r} has no ratings{f' by {named}' if named else ''}; run sotopia-rl judge first"

@@ -16,6 +16,7 @@ from sotopia_rl.store.interface import (
     EpisodeStore,
     EpisodeSummary,
     Original,
+    refuse_empty,
 )
 from sotopia_rl.store.jsonl_store import JsonlStore
 from sotopia_rl.store.sqlite import SQLiteStore
@@ -35,6 +36,7 @@ __all__ = [
     "export_file",
     "import_file",
     "open_store",
+    "refuse_empty",
 ]
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")

@@ -7,7 +7,7 @@ allowed (a record written meanwhile appears if its id is still ahead). Calls are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -23,7 +23,7 @@ from sotopia_rl.episode import (
     canonical_json,
     sha256_text,
 )
-from sotopia_rl.errors import FailureKind
+from sotopia_rl.errors import DataError, FailureKind
 
 
 class EpisodeQuery(Record):
@@ -137,7 +137,7 @@ class EpisodeStore(Protocol):
         ...
 
     def delete_episodes(self, ids: Iterable[str]) -> int:
-        """Remove episodes with their ratings and attributions; how many were there."""
+        """Remove episodes with their ratings, attributions and failures, read or not; how many were there."""
         ...
 
     def add_rating(self, rating: Rating) -> None: ...
@@ -193,3 +193,25 @@ class EpisodeStore(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def refuse_empty(store: EpisodeStore, query: EpisodeQuery) -> None:
+    """Raises DataError where no episode is meant, with the tags there are."""
+    if store.count(query):
+        return
+    wanted = query.model_dump(exclude_none=True, exclude={"status", "limit"})
+    has = " and ".join(f"the {name.replace('_', ' ')} {value!r}" for name, value in wanted.items())
+    status = f"{query.status} " if query.status else ""
+    raise DataError(
+        f"no {status}episode {f'has {has}' if has else 'is there'}; tags in this store: {with_counts(store.tags())}"
+    )
+
+
+def episode_of(item_id: str) -> str:
+    """The episode whose failure is kept under `item_id`: its id, or its id, a slash and what was asked about it."""
+    return item_id.partition("/")[0]
+
+
+def with_counts(numbers: Mapping[str, int]) -> str:
+    """`demo (12), other (3)`."""
+    return ", ".join(f"{name} ({count})" for name, count in numbers.items()) or "none"

@@ -22,6 +22,7 @@ from sotopia_rl.store.interface import (
     EpisodeSummary,
     Original,
     conversation_sha256,
+    episode_of,
 )
 from sotopia_rl.store.jsonl import Deletion, JsonlWriter, Line, StageFailure, parse_record, read_records
 
@@ -75,6 +76,9 @@ class JsonlStore:
         self._summaries.pop(episode_id, None)
         self._conversations.pop(episode_id, None)
         self._forget_about(episode_id)
+        failures = self._offsets[StageFailure]
+        for key in [key for key in failures if episode_of(str(key[1])) == episode_id]:
+            del failures[key]
 
     def _forget_about(self, episode_id: str) -> None:
         for cls in (Rating, Attribution, Original):

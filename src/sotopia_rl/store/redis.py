@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from sotopia_rl.episode import SCHEMA_VERSION, Attribution, Episode, Failure, Rating, Record
-from sotopia_rl.errors import DataError, MissingExtraError, StoreError
+from sotopia_rl.errors import DamagedRecordError, DataError, MissingExtraError, StoreError
 from sotopia_rl.profiles import Profiles
 from sotopia_rl.store import sotopia_redis
 from sotopia_rl.store.interface import (
@@ -44,6 +44,7 @@ from sotopia_rl.store.interface import (
     EpisodeSummary,
     Original,
     conversation_sha256,
+    episode_of,
 )
 from sotopia_rl.store.sotopia_read import LeftOutError, read_document
 from sotopia_rl.store.sotopia_write import log_document
@@ -163,7 +164,7 @@ class RedisStore:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "record"
-            raise StoreError(f"{self.where}: {what} cannot be read ({place}: {first['msg']}); delete it") from error
+            raise DamagedRecordError(self.where, what, f"{place}: {first['msg']}") from error
 
     # Sotopia's own episodes
 
@@ -311,6 +312,8 @@ class RedisStore:
 
     def delete_episodes(self, ids: Iterable[str]) -> int:
         deleted = 0
+        with self._errors_told():
+            failures = [(episode_of(json.loads(key)[1]), key) for key in self._db.hkeys(FAILURES)]
         for episode_id in ids:
             with self._errors_told():
                 deleted += bool(self._db.exists(_episode_key(episode_id)))
@@ -319,6 +322,8 @@ class RedisStore:
                 pipeline.delete(_episode_key(episode_id))
                 pipeline.zrem(IDS, episode_id)
                 pipeline.hdel(SUMMARIES, episode_id)
+                for key in (key for of, key in failures if of == episode_id):
+                    pipeline.hdel(FAILURES, key)
         return deleted
 
     # What is said of them

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 from pydantic import ValidationError
 
 from sotopia_rl.episode import SCHEMA_VERSION, Attribution, Episode, Failure, Rating, Record
-from sotopia_rl.errors import StoreError
+from sotopia_rl.errors import DamagedRecordError, StoreError
 from sotopia_rl.store.interface import (
     EVERYTHING,
     AttributionKey,
@@ -28,6 +28,7 @@ from sotopia_rl.store.interface import (
     EpisodeSummary,
     Original,
     conversation_sha256,
+    episode_of,
 )
 
 APPLICATION_ID = 0x536F524C
@@ -145,11 +146,8 @@ class SQLiteStore:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise StoreError(
-                f"{self.path}: {what} cannot be read ({place or 'record'}: {first['msg']}); "
-                "delete it, or import it again from where it came"
-            ) from error
+            place = ".".join(str(part) for part in first["loc"]) or "record"
+            raise DamagedRecordError(self.path, what, f"{place}: {first['msg']}") from error
 
     # Episodes
 
@@ -206,6 +204,9 @@ class SQLiteStore:
         deleted = 0
         for batch in _batches(ids):
             with self._writing() as db:
+                failed = db.execute("SELECT stage, item_id FROM failures").fetchall()
+                theirs = [key for key in failed if episode_of(key[1]) in batch]
+                db.executemany("DELETE FROM failures WHERE stage = ? AND item_id = ?", theirs)
                 for episode_id in batch:
                     deleted += db.execute("DELETE FROM episodes WHERE id = ?", (episode_id,)).rowcount
                     for table in ("ratings", "attributions", "originals"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,17 @@ from typing import Literal, TypeVar
 
 from sotopia_rl.episode import Attribution, Episode, Rating
 from sotopia_rl.errors import DataError, StoreError
+from sotopia_rl.files import not_written, written_whole
 from sotopia_rl.profiles import Profiles
-from sotopia_rl.store.interface import EVERYTHING, EpisodeQuery, EpisodeStore, Original
+from sotopia_rl.store.interface import (
+    EVERYTHING,
+    EpisodeQuery,
+    EpisodeStore,
+    Original,
+    episode_of,
+    refuse_empty,
+    with_counts,
+)
 from sotopia_rl.store.jsonl import Deletion, JsonlWriter, StageFailure, Torn, read_json_lines, read_records
 from sotopia_rl.store.sotopia_read import NOTHING_KNOWN, Imported, LeftOutError, is_line, read_document
 from sotopia_rl.store.sotopia_write import line_document
@@ -49,9 +57,13 @@ class TransferReport:
     def __str__(self) -> str:
         moved = f"{self.episodes} episodes, {self.ratings} ratings, {self.attributions} attributions"
         moved += f", {self.failures} failures" if self.failures else ""
-        left = "; ".join(f"{count} {cause}" for cause, count in sorted(self.left_out.items()))
         notes = "; ".join(f"{count} {note}" for note, count in sorted(self.notes.items()))
-        return moved + (f". Left out: {left}" if left else "") + (f". Note: {notes}" if notes else "")
+        return moved + (f". Left out: {self.causes}" if self.left_out else "") + (f". Note: {notes}" if notes else "")
+
+    @property
+    def causes(self) -> str:
+        """Why something was left out."""
+        return "; ".join(f"{count} {cause}" for cause, count in sorted(self.left_out.items()))
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def _failures(source: EpisodeStore, query: EpisodeQuery) -> Iterator[StageFailur
     """All of them with a whole store; with a choice of episodes, only theirs."""
     chosen = None if query == EVERYTHING else set(source.ids(query))
     for stage, item_id, failure in source.failures():
-        if chosen is None or item_id in chosen:
+        if chosen is None or episode_of(item_id) in chosen:
             yield StageFailure(stage=stage, item_id=item_id, failure=failure)
 
 
@@ -101,7 +113,7 @@ def export_jsonl(source: EpisodeStore, path: Path, query: EpisodeQuery = EVERYTH
         StoreError: The file cannot be written; an older one in its place is kept.
     """
     report = TransferReport()
-    with _written_whole(path) as part, JsonlWriter(part, start=True) as writer:
+    with _exported(path) as part, JsonlWriter(part, start=True) as writer:
         for whole in _wholes(source, query):
             original = (whole.original,) if whole.original else ()
             for record in (whole.episode, *original, *whole.ratings, *whole.attributions):
@@ -159,14 +171,19 @@ def export_sotopia(
         judge: Whose scores, where an episode has those of several.
 
     Raises:
+        DataError: The judge has rated nothing, or no episode has a place in that form; an older file is kept.
         StoreError: The file cannot be written; an older one in its place is kept.
     """
+    if judge is not None and judge not in (judges := source.judges()):
+        raise DataError(f"no episode was rated by {judge!r}; judges in this store: {with_counts(judges)}")
     report = TransferReport()
-    with _written_whole(path) as part, part.open("w", encoding="utf-8") as file:
+    with _exported(path) as part, part.open("w", encoding="utf-8") as file:
         for whole in _wholes(source, query):
             line = _sotopia_line(whole, judge, report)
             if line:
                 file.write(line + "\n")
+        if not report.episodes:
+            raise DataError(f"{path}: not written, as sotopia's lines have no place for any episode: {report.causes}")
     return report
 
 
@@ -267,28 +284,26 @@ def export_file(
     layout: Layout = "sotopia-rl",
     judge: str | None = None,
 ) -> TransferReport:
-    """`export_jsonl` or `export_sotopia`."""
+    """`export_jsonl` or `export_sotopia`.
+
+    Raises:
+        DataError: No episode is meant; an older file in its place is kept.
+    """
+    refuse_empty(source, query)
     if layout == "sotopia":
         return export_sotopia(source, path, query, judge=judge)
     return export_jsonl(source, path, query)
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes its place when it is whole, and goes away if it never is."""
-    part = path.with_name(f"{path.name}.part")
+def _exported(path: Path) -> Iterator[Path]:
+    """`written_whole`, in a folder that is made, with errors that say what to do."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with written_whole(path) as part:
+            yield part
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror}); free some space or give another path, and run again"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise StoreError(not_written(path, error)) from error
 
 
 def _batches(items: Iterable[T]) -> Iterator[list[T]]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any
 from sotopia_rl import __version__
 from sotopia_rl.config import Config
 from sotopia_rl.errors import ConfigError, DataError, TrainingError
+from sotopia_rl.files import written_whole
 from sotopia_rl.train.processes import is_main, main_first, wait_for_all
 
 COMPLETE = "COMPLETE"
@@ -246,10 +246,6 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either whole or absent, also after a kill."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a text file that is either whole or absent, also after a kill. OSError is for `session.py` to explain."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
