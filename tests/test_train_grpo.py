@@ -208,7 +208,9 @@ def test_a_collapse_before_anything_is_worth_keeping_is_an_error(
 ) -> None:
     update = {"on_collapse": "stop", "min_validity": 1.0, "max_steps": 9, "eval_every": 50}
     settings = GRPO.model_copy(update=update)
-    with pytest.raises(TrainingError, match=r"step 5: .*validity below 1.0.*cut off: raise max_completion_length \(8\)"):
+    with pytest.raises(
+        TrainingError, match=r"step 5: .*validity below 1.0.*cut off: raise max_completion_length \(8\)"
+    ):
         train_grpo(rows, base, sft_adapter, reward_adapter, settings, tmp_path)
 
 
