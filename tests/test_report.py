@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -27,8 +28,8 @@ from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate import evaluate, load_results
 from sotopia_rl.report import ReportInput, results_table, write_report
 from sotopia_rl.report.charts import Line, Span, forest, line_chart, round_ticks, slopes
-from sotopia_rl.report.wording import answer, headline_pair, interval, plain, signed, split_sentence
-from sotopia_rl.report.write import curve_view
+from sotopia_rl.report.curves import curve_view, run_title
+from sotopia_rl.report.wording import answers, basis, headline_pair, interval, plain, signed, split_sentence
 
 OVER = manifest()
 TIMEOUT = Failure(kind="timeout", message="no reply in 30 s", turn=2)
@@ -158,7 +159,7 @@ def test_every_link_and_every_tooltip_has_its_target_and_ids_are_unique(page):
 
 def test_the_answer_the_notes_and_the_hash_are_on_the_page(report, page):
     for text in (
-        answer(report.results),
+        *answers(report.results),
         "These scores mean nothing.",
         report.results.manifest_sha256,
         "scripted/judge",
@@ -240,8 +241,14 @@ def test_a_reward_model_report_of_another_form_is_refused(tmp_path):
 # --- words ------------------------------------------------------------------------------------------
 
 
+def answer(results):
+    """The one sentence of the leading comparison."""
+    return answers(results)[0]
+
+
 def results_with(differences, **changes):
-    """Results whose headline rows have the given (difference, low, high), sampled and greedy."""
+    """Results whose headline rows have the given (difference, low, high), sampled and greedy, and leave nothing out."""
+    changes = {"num_excluded": 0, **changes}
     results = compared()
     rows = []
     for row in results.rows:
@@ -282,8 +289,63 @@ def test_a_loss_is_called_a_loss_and_opposite_signs_are_not_hidden():
 
 def test_one_scenario_is_no_evidence():
     text = answer(results_with({"sampled": (1.2, None, None), "greedy": (1.1, None, None)}, detectable=None))
-    assert text.startswith("No difference in goal")
-    assert "[no interval]" in text
+    assert text == (
+        "Whether grpo or sft does better in goal cannot be told: +1.20 points [no interval] when both sample "
+        "and +1.10 points [no interval] when both play greedily."
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampled", "bounds", "said"),
+    [
+        ((1.2, 0.5, 1.9), (0.2, 2.0), "which cannot turn it)"),
+        ((1.2, 0.5, 1.9), (-0.5, 2.0), "which could turn it; with them anything from \N{MINUS SIGN}0.50 to +2.00)"),
+        ((0.2, -0.5, 0.9), (0.1, 0.4), "6 of 38 pairs left out; with them anything from +0.10 to +0.40)"),
+        ((1.2, None, None), (-3, 4), "6 of 38 pairs left out; with them anything from \N{MINUS SIGN}3.00 to +4.00)"),
+        ((1.2, 0.5, 1.9), (None, None), "when both sample (6 of 38 pairs left out)"),
+    ],
+)
+def test_the_answer_says_how_many_pairs_it_leaves_out_and_whether_they_could_turn_it(sampled, bounds, said):
+    differences = {"sampled": sampled, "greedy": (0.1, -0.3, 0.5)}
+    changes = {"num_pairs": 32, "num_excluded": 6, "worst": bounds[0], "best": bounds[1]}
+    assert said in answer(results_with(differences, **changes))
+
+
+def test_one_pair_in_one_scenario_is_no_plural():
+    differences = {"sampled": (1.2, None, None), "greedy": (0.1, None, None)}
+    assert "(1 sampled pair in 1 scenario, 1 greedy pair in 1 scenario)" in basis(
+        results_with(differences, num_pairs=1, num_scenarios=1)
+    )
+
+
+def test_every_comparison_has_its_own_sentence_and_the_leading_one_stands_first(report, page, written):
+    first, second = answers(report.results)
+    assert first.startswith("grpo beats sft in goal")
+    assert second.startswith("sft beats base in goal")
+    assert f'<p class="answer">{escape(first)}</p>' in page
+    assert f'<p class="also">{escape(second)}</p>' in page
+    assert "sft beats base in goal" in (written / "report.md").read_text(encoding="utf-8")
+
+
+def nothing_scored(name):
+    return played(name, 4, OVER, temperatures=[0.7], failures=dict.fromkeys(range(32), TIMEOUT))
+
+
+def test_a_comparison_without_a_pair_is_reported_beside_the_others(tmp_path):
+    sft, grpo = (played(name, skill, OVER, temperatures=[0.7]) for name, skill in (("sft", 4), ("grpo", 6)))
+    results = evaluate([sft, grpo, nothing_scored("bad")], [("bad", "sft"), ("grpo", "sft")])
+    said = "no pair has a score on both sides, 32 left out (bad: agent_failed: timeout 32)"
+    assert answers(results)[0].startswith("grpo beats sft")
+    assert answers(results)[1] == (f"Whether bad or sft does better in goal cannot be told: when both sample, {said}.")
+    page = write_report(ReportInput(results=results), tmp_path).read_text(encoding="utf-8")
+    assert page.count(said) == 2
+    assert outline(page).open == []
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(results_table(results))
+    assert "bad - sft, sampled" in console.file.getvalue()
+    assert "no pair, 32 left out" in console.file.getvalue()
+    assert load_results(tmp_path / "results.json") == results
 
 
 def test_a_trained_variant_over_sft_leads_the_page(report):
@@ -358,6 +420,44 @@ def test_marks_of_a_forest_lie_left_and_right_of_zero():
 def test_slopes_describe_themselves_in_words():
     svg = str(slopes([("sft", 1.0, 2.0), ("a very long name of a system", 1.5, 2.5)], title="Goal"))
     assert "sft: 1.00 sampled, 2.00 greedy" in svg
+
+
+@pytest.mark.parametrize("values", [[0.88] * 4, [0.88, 0.881, 0.9, 5.0], [float(i) for i in range(20)]])
+def test_names_beside_slopes_keep_apart_from_one_another_and_from_the_axis(values):
+    svg = str(slopes([(f"s{i}", v, v) for i, v in enumerate(values)], title="Goal"))
+    axis = float(re.search(r'<text x="128.0" y="([\d.]+)" class="tick middle">sampled', svg).group(1))
+    names = sorted(float(y) for y in re.findall(r'y="([\d.]+)" class="name end"', svg))
+    assert all(after - before >= 15 for before, after in pairwise(names))
+    assert names[0] >= 10
+    assert axis - names[-1] >= 15
+
+
+def ticks_of(svg):
+    """(of the y axis, of the x axis)"""
+    return re.findall(r'class="tick end">([^<]+)<', str(svg)), re.findall(r'class="tick middle">([^<]+)<', str(svg))
+
+
+def test_shares_are_drawn_from_0_to_1_and_steps_are_whole():
+    lines = [{"step": s, "validity": 1.0, "kl": 0.0, "cut_off": 0.0, "reward": 1.0} for s in (1, 2, 3)]
+    charts = {chart.title: ticks_of(chart.svg) for chart in curve_view(lines).charts}
+    for title in ("Valid replies, share", "Replies cut off, share", "KL from the reference"):
+        assert charts[title][0] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert {tuple(steps) for _, steps in charts.values()} == {("1", "2", "3")}
+
+
+def test_runs_are_titled_by_stage_and_arm():
+    assert [run_title(name) for name in ("sft", "grpo grpo", "rm grpo", "grpo plain", "run-7")] == [
+        "SFT",
+        "GRPO",
+        "Reward model, arm grpo",
+        "GRPO, arm plain",
+        "run-7",
+    ]
+
+
+def test_markdown_tells_the_provenance_in_words(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert "- models: judge: scripted/judge\n- stages: a, b\n" in text
 
 
 def test_curves_leave_out_what_is_no_number():

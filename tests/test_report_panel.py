@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +12,13 @@ from played_systems import judged_by, manifest, played
 from sotopia_rl.episode import Failure
 from sotopia_rl.errors import EvaluationError
 from sotopia_rl.evaluate import evaluate_panel
-from sotopia_rl.evaluate.contrast import contrasts
+from sotopia_rl.evaluate.contrast import contrasts, contrasts_of_each
 from sotopia_rl.published import beside, published_results
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.report.charts import strip
-from sotopia_rl.report.wording import plan_text, sd_text
+from sotopia_rl.report.wording import NOT_STATED, plan_text, sd_text
 from sotopia_rl.report.wording import tests_text as how_many_tests
+from sotopia_rl.report.write import episode_view
 from sotopia_rl.results import METRICS
 from test_report import chromium, outline
 
@@ -121,6 +123,29 @@ def test_contrasts_are_the_largest_wins_then_the_largest_losses_of_the_same_matc
         )
 
 
+def test_every_comparison_has_conversations_side_by_side_and_their_number_is_bounded(tmp_path):
+    both = [("grpo", "sft"), ("sft", "grpo")]
+    found = evaluate_panel(panel(), both)
+    shown = contrasts_of_each(panel(), found, both, "goal")
+    assert {(c.system_a, c.system_b) for c in shown} == set(both)
+    assert len(shown) <= 12
+    assert len(contrasts_of_each(panel(), found, both * 20, "goal")) <= 24
+    text = write_report(ReportInput(results=found, contrasts=shown), tmp_path).read_text(encoding="utf-8")
+    assert "<h3>grpo over sft</h3>" in text
+    assert "<h3>sft over grpo</h3>" in text
+    assert outline(text).open == []
+
+
+def test_a_partner_is_named_by_its_model_even_where_a_system_has_that_model():
+    episode, rating = next(
+        (e, p.ratings[e.id]) for p in panel()["openai/judge"] for e in p.episodes if e.id in p.ratings
+    )
+    seat = episode.match.seat
+    partner = episode.agents[1 - seat].model
+    view = episode_view(episode, rating, (), {partner: "other", episode.agents[seat].model: "own"})
+    assert (view.agents[seat], view.agents[1 - seat]) == ("own", partner)
+
+
 def test_scenario_rows_average_to_the_difference():
     rows = [r for r in results().scenarios if r.setting == "greedy"]
     row = results().row("grpo", "sft", "greedy", "goal")
@@ -138,6 +163,7 @@ def test_the_plan_names_scenarios_and_the_difference_at_equal_length():
 
 
 def test_published_figures_name_source_partner_judge_and_where_they_were_read(page):
+    docs = (Path(__file__).parents[1] / "docs" / "published-results.md").read_text(encoding="utf-8")
     for figure in published_results():
         assert figure.metric in METRICS
         assert figure.manifest in {"sotopia-hard", "sotopia-all"}
@@ -148,6 +174,10 @@ def test_published_figures_name_source_partner_judge_and_where_they_were_read(pa
     text = (page / "report.html").read_text(encoding="utf-8")
     assert "Not paired" in text
     assert "5.04 ± 0.31" in text
+    unstated = sum(not f.partner for f in published_results())
+    assert unstated == docs.count("| not stated where read | not stated where read |")
+    assert f"<td>{NOT_STATED}</td>" in text
+    assert NOT_STATED == "not stated where read"
     assert "6.97" in text
 
 

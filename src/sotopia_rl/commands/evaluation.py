@@ -12,6 +12,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from sotopia_rl.commands.flags import Flags, resolve, unchecked
 from sotopia_rl.commands.options import Drawn, Speaking, finish, named_manifest
+from sotopia_rl.commands.publish import publish
 from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.console import bars, err, out
 from sotopia_rl.errors import ConfigError, EvaluationError
@@ -22,7 +23,6 @@ from sotopia_rl.simulate import SimulateConfig
 
 if TYPE_CHECKING:  # scipy takes a second, which `--help` does not need
     from sotopia_rl.llm.open import ModelPool
-    from sotopia_rl.results import EvaluateConfig
     from sotopia_rl.stages import Tally, Watch
 
 SECTIONS: dict[type[Config], str] = {JudgeConfig: "judging"}
@@ -55,7 +55,8 @@ def play(
     """Play every system over one manifest against the same partners, judge, and compare pair by pair.
 
     Every system is compared with the first one named. The same command again plays and judges only what is missing;
-    systems, partners and judges may be added to a folder.
+    systems, partners and judges may be added to a folder. Failed episodes are counted; the exit code is 1 where a
+    comparison is left without a pair.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def play(
     config
         YAML file with any of the settings below.
     """
-    from sotopia_rl.evaluate.folder import Plan, save_plan
+    from sotopia_rl.evaluate.folder import Plan, joined_plan
     from sotopia_rl.evaluate.play import play as play_into
 
     drawn, speaking, settings, judging, limits = resolve(
@@ -104,7 +105,7 @@ def play(
         "judging": judging.model_dump(),
     }
     frozen = named_manifest(manifest, drawn)
-    plan = save_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
+    plan = joined_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
     work_through(
         limits,
         max_cost,
@@ -150,7 +151,7 @@ def rejudge(
     max_cost
         Spend cap in USD.
     """
-    from sotopia_rl.evaluate.folder import Plan, load_plan, save_plan
+    from sotopia_rl.evaluate.folder import Plan, joined_plan, load_plan, save_plan
     from sotopia_rl.evaluate.play import judge as judge_into
     from sotopia_rl.evaluate.play import refuse_silent
     from sotopia_rl.manifest import load_manifest
@@ -159,10 +160,12 @@ def rejudge(
     before = load_plan(run)
     again = dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {}
     asked = parse_config(Plan, {**before.model_dump(), "judges": judge, "judgements": again}, where="rejudge")
-    plan = save_plan(asked, load_manifest(run / "manifest.json"), run)
+    manifest = load_manifest(run / "manifest.json")
+    plan = joined_plan(asked, manifest, run)
 
     async def rate(pool: ModelPool, watch: Watch) -> list[Tally]:
         await refuse_silent(pool, judge)
+        save_plan(plan, manifest, run)
         return await judge_into(pool, run, plan, watch, judges=judge)
 
     work_through(limits, max_cost, rate)
@@ -254,8 +257,8 @@ def matrix(
     config
         YAML file with any of the settings below.
     """
-    from sotopia_rl.evaluate.folder import Plan, save_plan
-    from sotopia_rl.evaluate.matrix import matrix_results, play_matrix
+    from sotopia_rl.evaluate.folder import Plan, joined_plan
+    from sotopia_rl.evaluate.matrix import matrix_provenance, matrix_results, play_matrix
     from sotopia_rl.report import matrix_table, write_matrix
 
     drawn, speaking, settings, judging, limits = resolve(
@@ -269,14 +272,14 @@ def matrix(
         "judging": judging.model_dump(),
     }
     frozen = named_manifest(manifest, drawn)
-    plan = save_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
+    plan = joined_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
     work_through(
         limits,
         max_cost,
         lambda pool, watch: play_matrix(pool, output, plan, frozen, watch, retry_failed=retry_failed),
     )
     results = matrix_results(output, plan, frozen, metric=metric, tie_margin=tie_margin)
-    write_matrix(results, output)
+    write_matrix(results, output, provenance=matrix_provenance(output, plan))
     out.print(matrix_table(results))
     out.print(f"results {output / 'matrix.json'}\npage    {output / 'matrix.html'}")
 
@@ -319,6 +322,8 @@ def verify(bundle: ExistingFile, /) -> None:
     verdict = verify_bundle(bundle)
     for problem in verdict.problems[:MAX_PROBLEMS]:
         err.print(f"differs  {problem}", markup=False, soft_wrap=True)
+    if (more := len(verdict.problems) - MAX_PROBLEMS) > 0:
+        err.print(f"differs  and {more} more", markup=False)
     for note in verdict.notes:
         err.print(f"note     {note}", markup=False, soft_wrap=True)
     if not verdict.holds:
@@ -332,35 +337,6 @@ def verify(bundle: ExistingFile, /) -> None:
 
 MAX_PROBLEMS = 20
 """Shown of what differs."""
-
-
-def publish(
-    runs: list[Path],
-    output: Path,
-    *,
-    config: EvaluateConfig | None = None,
-    baseline: str | None = None,
-    published: bool = False,
-) -> None:
-    """Compute the results of run folders, write them with their report, and show the table."""
-    from sotopia_rl.evaluate.contrast import contrasts
-    from sotopia_rl.evaluate.folder import load_evaluation
-    from sotopia_rl.report import ReportInput, results_table, write_report
-    from sotopia_rl.report.wording import headline_metric, headline_pair
-
-    found = load_evaluation(runs)
-    results = found.results(config=config, baseline=baseline)
-    a, b = headline_pair(results)
-    page = ReportInput(
-        results=results,
-        title=found.manifest.name,
-        contrasts=contrasts(found.panel, results, a, b, headline_metric(results)),
-        provenance=found.provenance(),
-        published=published,
-    )
-    write_report(page, output)
-    out.print(results_table(results))
-    out.print(f"results {output / 'results.json'}\nreport  {output / 'report.html'}")
 
 
 def named_systems(texts: list[str], *, at_least: int = 2) -> dict[str, str]:

@@ -24,8 +24,8 @@ from sotopia_rl import __version__, stages
 from sotopia_rl.episode import Episode, Match, Rating, Record, Seat, other
 from sotopia_rl.errors import DataError, EvaluationError
 from sotopia_rl.evaluate.cells import metrics_of
-from sotopia_rl.evaluate.folder import Plan
-from sotopia_rl.evaluate.play import refuse_silent
+from sotopia_rl.evaluate.folder import Plan, provenance, save_plan, total_usage
+from sotopia_rl.evaluate.play import lacks, refuse_silent
 from sotopia_rl.files import read_text
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest
@@ -138,10 +138,11 @@ async def play_matrix(
     for name in names:
         pool.get(name)
     pairings = pairings_of(plan, manifest)
+    wanted = {episode_id(p, tag=TAG, config=plan.simulate) for p in pairings}
+    if lacks(folder / STORE, wanted, tag=TAG, retry_failed=retry_failed):
+        await refuse_silent(pool, names)
+    save_plan(plan, manifest, folder)
     with closing(open_store(folder / STORE)) as store:
-        present = set(store.ids(EpisodeQuery(tag=TAG, status="completed" if retry_failed else None)))
-        if any(episode_id(p, tag=TAG, config=plan.simulate) not in present for p in pairings):
-            await refuse_silent(pool, names)
         tallies = [
             await stages.simulate_into(
                 store, pairings, pool.get, tag=TAG, config=plan.simulate, watch=watch, retry_failed=retry_failed
@@ -219,6 +220,17 @@ def matrix_results(
         meetings=tuple(meetings),
         package_version=__version__,
     )
+
+
+def matrix_provenance(folder: Path, plan: Plan) -> dict[str, object]:
+    """What a reader needs to make the same numbers again."""
+    with closing(open_store(folder / STORE, create=False)) as store:
+        episodes = list(store.episodes(EpisodeQuery(tag=TAG)))
+        cost = {"conversations": total_usage(e.usage for e in episodes)} | {
+            f"judge {judge}": total_usage(r.provenance.usage for r in store.ratings(judge=judge))
+            for judge in plan.judges
+        }
+    return provenance(plan, episodes, cost)
 
 
 Talks = Mapping[tuple[str, str, str], _Talk]

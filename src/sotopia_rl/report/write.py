@@ -22,16 +22,11 @@ from sotopia_rl.evaluate.contrast import Contrast
 from sotopia_rl.observe import goal_text, scenario_text
 from sotopia_rl.published import beside
 from sotopia_rl.report import wording
-from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
+from sotopia_rl.report.charts import Chart, Span, forest, slopes
+from sotopia_rl.report.curves import Curve, curve_views
 from sotopia_rl.report.pictures import length_charts, scenario_charts
 from sotopia_rl.report.reward_model import reward_model_views
-from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary
-
-Curve = Sequence[Mapping[str, Any]]
-"""Lines of a `metrics.jsonl`: `step` and numbers."""
-
-MAX_POINTS = 300
-"""Points drawn per line; longer curves are thinned."""
+from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary, Unpaired
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class ReportInput:
         reward_models: By name, the content of its `report.json`.
         gate_min_spearman: The rank correlation that GRPO asked of them; None where there was no gate.
         episodes: Shown in full, each with its rating and the rewards of its utterances (which may be empty).
-        contrasts: Matches shown side by side, as both systems of the leading comparison played them.
+        contrasts: Matches shown side by side, as both systems of a comparison played them.
         provenance: Models, prompts, seeds, commands: names to values or to mappings of them.
         notes: Warnings printed on top.
         published: Set published figures beside these, marked as not paired.
@@ -92,6 +87,7 @@ class ComparisonView:
     headline: Sequence[Row]
     failed: Sequence[Row]
     """Headline rows with excluded pairs, for their bounds."""
+    unpaired: Sequence[Unpaired]
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class EpisodeView:
     rating: Rating
     turns: Sequence[TurnView]
     agents: tuple[str, str]
-    """By seat: the system's name where the model is one of the systems, else the model string."""
+    """By seat: the name of the system under test, the partner's model string."""
     scenario: str
     goals: tuple[str, str]
 
@@ -144,6 +140,7 @@ def comparison_views(results: Results) -> list[ComparisonView]:
         scores = [m for m in metrics if m not in guards]
         reach = _reach([row for m in scores for row in rows[m]])
         splits = [d for d in results.decompositions if (d.system_a, d.system_b) == (a, b)]
+        headline = rows.get(wording.headline_metric(results), [])
         views.append(
             ComparisonView(
                 a=a,
@@ -151,8 +148,9 @@ def comparison_views(results: Results) -> list[ComparisonView]:
                 scores=[_metric_view(m, rows[m], reach, ticks=m == scores[-1]) for m in scores],
                 guards=[_metric_view(m, rows[m], _reach(rows[m]), ticks=False) for m in guards],
                 splits=[d for d in splits if d.metric in ("goal", "overall")],
-                headline=rows[wording.headline_metric(results)],
-                failed=[row for row in rows[wording.headline_metric(results)] if row.num_excluded],
+                headline=headline,
+                failed=[row for row in headline if row.num_excluded],
+                unpaired=wording.unpaired_of(results, a, b),
             )
         )
     return views
@@ -194,71 +192,6 @@ def slope_chart(results: Results) -> Chart | None:
     return Chart(title, slopes(ranked, title=title))
 
 
-CURVES: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Loss", {"loss": "training", "eval_loss": "held out"}),
-    ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
-    ("Reward", {"reward": "after the validity gate", "reward_model_score": "by the reward model"}),
-    (
-        "Judge, validation matches",
-        {"eval_score": "goal", "eval_believability": "believability", "eval_overall": "overall"},
-    ),
-    ("Valid replies, share", {"validity": "valid"}),
-    ("KL from the reference", {"kl": "KL"}),
-    ("Entropy, nats per token", {"entropy": "entropy"}),
-    ("Reply length, tokens", {"length": "tokens"}),
-    ("Replies cut off, share", {"cut_off": "cut off"}),
-    ("Leaked secrets, share", {"secret_leaks": "leaks"}),
-    ("Groups without signal, share", {"groups_without_signal": "without signal"}),
-)
-"""Charts of a training run: title, and the metrics drawn in it with their labels."""
-
-
-@dataclass(frozen=True)
-class CurveView:
-    """One training run: its charts, and what it warned of."""
-
-    charts: Sequence[Chart]
-    warnings: Sequence[str]
-
-
-def curve_view(curve: Curve) -> CurveView:
-    """The known metrics of one run; those it lacks are left out, and so is GRPO's loss, which says nothing."""
-    reinforced = any("reward" in entry for entry in curve)
-    charts = []
-    for title, labels in CURVES:
-        series = {label: points for name, label in labels.items() if (points := _points(curve, name))}
-        if not series or (reinforced and title == "Loss"):
-            continue
-        lines = [line for place, (label, points) in enumerate(series.items()) for line in _lines(label, points, place)]
-        names = list(enumerate(series)) if len(series) > 1 else ()
-        charts.append(Chart(title, line_chart(lines, title=title, x_label="step"), names))
-    warnings = [f"Step {entry.get('step')}: {entry['warning']}" for entry in curve if entry.get("warning")]
-    return CurveView(charts, warnings)
-
-
-def _points(curve: Curve, name: str) -> list[Point]:
-    found = [
-        (float(entry["step"]), float(entry[name]))
-        for entry in curve
-        if isinstance(entry.get(name), int | float) and isinstance(entry.get("step"), int | float)
-    ]
-    finite = [point for point in found if abs(point[1]) < float("inf")]  # NaN compares false as well
-    stride = -(-len(finite) // MAX_POINTS) or 1
-    return finite[::stride]
-
-
-def _lines(name: str, points: list[Point], colour: int) -> list[Line]:
-    """The curve; a long one is smoothed, with the raw values faint behind it."""
-    if len(points) < 30:
-        return [Line(name, points, colour=colour)]
-    half = max(1, len(points) // 40)
-    smooth = [
-        (x, sum(y for _, y in points[max(0, i - half) : i + half + 1]) / len(points[max(0, i - half) : i + half + 1]))
-        for i, (x, _) in enumerate(points)
-    ]
-    return [Line(name, points, "faint", colour), Line(f"{name} (smoothed)", smooth, colour=colour)]
-
-
 def episode_view(
     episode: Episode, rating: Rating, rewards: Sequence[UtteranceReward], systems: Mapping[str, str]
 ) -> EpisodeView:
@@ -266,8 +199,10 @@ def episode_view(
     by_turn = {reward.turn: reward for reward in rewards if reward.episode_id == episode.id}
     names = [character.name for character in episode.match.characters]
     turns = [TurnView(turn, names[turn.seat], by_turn.get(turn.index)) for turn in episode.turns]
-    first, second = (systems.get(agent.model, agent.model) for agent in episode.agents)
     match = episode.match
+    models = [agent.model for agent in episode.agents]
+    models[match.seat] = systems.get(models[match.seat], models[match.seat])
+    first, second = models
     goals = (goal_text(match, 0), goal_text(match, 1))
     return EpisodeView(episode, rating, turns, (first, second), scenario_text(match), goals)
 
@@ -287,11 +222,14 @@ class DuelView:
     b: EpisodeView
 
 
-def duel_view(c: Contrast, systems: Mapping[str, str]) -> DuelView:
-    """Both conversations of a contrast. `systems`: names by model string."""
-    a, b = (episode_view(*talk, (), systems) for talk in (c.a, c.b))
-    names = a.agents[a.seat], b.agents[b.seat]
-    return DuelView(*names, c.metric, c.setting, c.score_a, c.score_b, c.difference, a, b)
+def duel_views(contrasts: Sequence[Contrast], systems: Mapping[str, str]) -> list[tuple[str, str, list[DuelView]]]:
+    """By comparison, its contrasts. `systems`: names by model string."""
+    found: dict[tuple[str, str], list[DuelView]] = {}
+    for c in contrasts:
+        a, b = (episode_view(*talk, (), systems) for talk in (c.a, c.b))
+        view = DuelView(c.system_a, c.system_b, c.metric, c.setting, c.score_a, c.score_b, c.difference, a, b)
+        found.setdefault((c.system_a, c.system_b), []).append(view)
+    return [(a, b, views) for (a, b), views in found.items()]
 
 
 @dataclass(frozen=True)
@@ -328,8 +266,8 @@ def _page(report: ReportInput) -> str:
             js=Markup(source("page.js")),  # noqa: S704
             slopes=slope_chart(results),
             pictures=[*scenario_charts(results), *length_charts(results)],
-            duels=[duel_view(contrast, systems) for contrast in report.contrasts],
-            curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
+            duels=duel_views(report.contrasts, systems),
+            curves={title: view for title, view in curve_views(report.curves).items() if view.charts},
             episodes=[episode_view(*shown, systems) for shown in report.episodes],
         )
     )
@@ -352,6 +290,7 @@ def _shared(report: ReportInput) -> dict[str, Any]:
         "results": results,
         "w": wording,
         "notes": list(dict.fromkeys([*results.notes, *report.notes])),
+        "answers": wording.answers(results),
         "comparisons": comparison_views(results),
         "reward_models": models,
         "any_failures": any(s.failures for s in summaries),
@@ -374,12 +313,22 @@ def environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
     )
     made.filters["cell"] = _markdown_cell
+    made.filters["told"] = _told
     return made
 
 
 def source(name: str) -> str:
     """A file of this folder."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _told(value: object) -> str:
+    """A fact in one line, whatever it is made of."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_told(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_told, value))
+    return "none" if value is None else str(value)
 
 
 def _markdown_cell(value: object) -> str:
