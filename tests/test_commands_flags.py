@@ -177,3 +177,12 @@ def test_a_reader_that_leaves_ends_the_command_quietly(number: int, buffering: s
     assert run.returncode == 141
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
+
+
+@pytest.mark.parametrize("word", ["none", "null"])
+def test_a_setting_that_may_be_absent_is_switched_off_by_name(tmp_path: Path, word: str) -> None:
+    file = written(tmp_path, "max_spend_usd: 5")
+    (limits,) = resolve(file, unchecked(ModelLimits, {"max_spend_usd": word}))
+    assert limits.max_spend_usd is None
+    with pytest.raises(ConfigError, match="--max-retries"):
+        resolve(None, unchecked(ModelLimits, {"max_retries": word}))

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, TypeVarTuple, cast
+from typing import Annotated, Any, TypeVar, TypeVarTuple, cast, get_args
 
 from cyclopts import CycloptsError, Parameter, UnknownOptionError
 from pydantic import ValidationError
@@ -56,7 +56,7 @@ def resolve(file: Path | None, *flags: *Configs, sections: Mapping[type[Config],
         if not isinstance(ours, dict):
             wrong.append(f"{file}: {section}: expected a mapping of settings, found {type(ours).__name__}")
             continue
-        given = {name: getattr(config, name) for name in config.model_fields_set}
+        given = {name: _none_by_name(config, name) for name in config.model_fields_set}
         try:
             checked.append(type(config).model_validate({**ours, **given}))
         except ValidationError as error:
@@ -66,6 +66,13 @@ def resolve(file: Path | None, *flags: *Configs, sections: Mapping[type[Config],
     if wrong:
         raise ConfigError("; ".join(wrong))
     return cast("tuple[*Configs]", tuple(checked))
+
+
+def _none_by_name(config: Config, name: str) -> object:
+    """What a flag was given; `none` and `null` mean None where the setting takes it, as in a file."""
+    value = getattr(config, name)
+    optional = type(None) in get_args(type(config).model_fields[name].annotation)
+    return None if optional and str(value).lower() in {"none", "null"} else value
 
 
 def _named(place: tuple[int | str, ...], section: str | None, given: Mapping[str, Any], source: str) -> str:

@@ -16,7 +16,7 @@ from sotopia_rl.llm.open import CustomName, ModelPool, OpenAIName, parse_name
 from sotopia_rl.manifest import Manifest, evaluation_pairings
 from sotopia_rl.models import Message
 from sotopia_rl.simulate import Pairing, episode_id
-from sotopia_rl.stages import Tally, Watch
+from sotopia_rl.stages import Tally, Watch, played_ids
 from sotopia_rl.store import EpisodeQuery, open_store
 
 SILENT = frozenset({"connection", "timeout", "http_4xx", "http_5xx", "rate_limited"})
@@ -111,7 +111,7 @@ def lacks(path: Path, wanted: set[str], *, tag: str, retry_failed: bool) -> bool
     if not path.is_file():
         return True
     with closing(open_store(path, create=False)) as store:
-        present = set(store.ids(EpisodeQuery(tag=tag, status="completed" if retry_failed else None)))
+        present = played_ids(store, tag, retry_failed=retry_failed)
     return not wanted <= present
 
 
