@@ -83,7 +83,7 @@ def play(
     config
         YAML file with any of the settings below.
     """
-    from sotopia_rl.evaluate.folder import Plan, save_plan
+    from sotopia_rl.evaluate.folder import Plan, joined_plan
     from sotopia_rl.evaluate.play import play as play_into
 
     drawn, speaking, settings, judging, limits = resolve(
@@ -104,7 +104,7 @@ def play(
         "judging": judging.model_dump(),
     }
     frozen = named_manifest(manifest, drawn)
-    plan = save_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
+    plan = joined_plan(parse_config(Plan, asked, where="evaluate"), frozen, output)
     work_through(
         limits,
         max_cost,
@@ -150,7 +150,7 @@ def rejudge(
     max_cost
         Spend cap in USD.
     """
-    from sotopia_rl.evaluate.folder import Plan, load_plan, save_plan
+    from sotopia_rl.evaluate.folder import Plan, joined_plan, load_plan, save_plan
     from sotopia_rl.evaluate.play import judge as judge_into
     from sotopia_rl.evaluate.play import refuse_silent
     from sotopia_rl.manifest import load_manifest
@@ -159,10 +159,12 @@ def rejudge(
     before = load_plan(run)
     again = dict.fromkeys(judge, repeat_judge) if repeat_judge > 1 else {}
     asked = parse_config(Plan, {**before.model_dump(), "judges": judge, "judgements": again}, where="rejudge")
-    plan = save_plan(asked, load_manifest(run / "manifest.json"), run)
+    manifest = load_manifest(run / "manifest.json")
+    plan = joined_plan(asked, manifest, run)
 
     async def rate(pool: ModelPool, watch: Watch) -> list[Tally]:
         await refuse_silent(pool, judge)
+        save_plan(plan, manifest, run)
         return await judge_into(pool, run, plan, watch, judges=judge)
 
     work_through(limits, max_cost, rate)
@@ -254,7 +256,7 @@ def matrix(
     config
         YAML file with any of the settings below.
     """
-    from sotopia_rl.evaluate.folder import Plan, save_plan
+    from sotopia_rl.evaluate.folder import Plan, joined_plan
     from sotopia_rl.evaluate.matrix import matrix_results, play_matrix
     from sotopia_rl.report import matrix_table, write_matrix
 
@@ -269,7 +271,7 @@ def matrix(
         "judging": judging.model_dump(),
     }
     frozen = named_manifest(manifest, drawn)
-    plan = save_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
+    plan = joined_plan(parse_config(Plan, asked, where="matrix"), frozen, output)
     work_through(
         limits,
         max_cost,

@@ -180,13 +180,12 @@ def usage_text(usage: Usage) -> str:
     return text + (f", {usage.cost_usd:.2f} USD" if usage.cost_usd else "")
 
 
-def save_plan(plan: Plan, manifest: Manifest, folder: Path) -> Plan:
-    """Freeze what will be played in a folder, or join what is there.
+def joined_plan(plan: Plan, manifest: Manifest, folder: Path) -> Plan:
+    """What will be played in a folder: the plan, joined with the one that is there. Writes nothing.
 
     Raises:
         ConfigError: The folder holds another evaluation.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "manifest.json"
     if file.exists() and (there := load_manifest(file)).sha256 != manifest.sha256:
         raise ConfigError(f"{folder} holds an evaluation over {there}, not {manifest}; choose another folder")
@@ -196,9 +195,14 @@ def save_plan(plan: Plan, manifest: Manifest, folder: Path) -> Plan:
             held = "a comparison" if kept.partners else "a matrix"
             raise ConfigError(f"{folder} holds {held}; choose another folder")
         plan = extended(kept, plan, folder)
-    manifest.save(file)
-    write_text(folder / "evaluation.json", plan.model_dump_json(indent=1) + "\n")
     return plan
+
+
+def save_plan(plan: Plan, manifest: Manifest, folder: Path) -> None:
+    """Freeze what will be played in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.save(folder / "manifest.json")
+    write_text(folder / "evaluation.json", plan.model_dump_json(indent=1) + "\n")
 
 
 def load_plan(folder: Path) -> Plan:

@@ -24,8 +24,8 @@ from sotopia_rl import __version__, stages
 from sotopia_rl.episode import Episode, Match, Rating, Record, Seat, other
 from sotopia_rl.errors import DataError, EvaluationError
 from sotopia_rl.evaluate.cells import metrics_of
-from sotopia_rl.evaluate.folder import Plan
-from sotopia_rl.evaluate.play import refuse_silent
+from sotopia_rl.evaluate.folder import Plan, save_plan
+from sotopia_rl.evaluate.play import lacks, refuse_silent
 from sotopia_rl.files import read_text
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest
@@ -138,10 +138,11 @@ async def play_matrix(
     for name in names:
         pool.get(name)
     pairings = pairings_of(plan, manifest)
+    wanted = {episode_id(p, tag=TAG, config=plan.simulate) for p in pairings}
+    if lacks(folder / STORE, wanted, tag=TAG, retry_failed=retry_failed):
+        await refuse_silent(pool, names)
+    save_plan(plan, manifest, folder)
     with closing(open_store(folder / STORE)) as store:
-        present = set(store.ids(EpisodeQuery(tag=TAG, status="completed" if retry_failed else None)))
-        if any(episode_id(p, tag=TAG, config=plan.simulate) not in present for p in pairings):
-            await refuse_silent(pool, names)
         tallies = [
             await stages.simulate_into(
                 store, pairings, pool.get, tag=TAG, config=plan.simulate, watch=watch, retry_failed=retry_failed

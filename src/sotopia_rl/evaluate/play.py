@@ -10,7 +10,7 @@ from pathlib import Path
 from sotopia_rl import stages
 from sotopia_rl.episode import Sampling
 from sotopia_rl.errors import EvaluationError, ModelCallError
-from sotopia_rl.evaluate.folder import Plan, store_path
+from sotopia_rl.evaluate.folder import Plan, save_plan, store_path
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.llm.open import CustomName, ModelPool, OpenAIName, parse_name
 from sotopia_rl.manifest import Manifest, evaluation_pairings
@@ -34,7 +34,7 @@ async def play(
 ) -> list[Tally]:
     """Play every system and have every judge rate it, leaving out what is there.
 
-    Every model is opened, and every endpoint asked for a word, before the first match.
+    Every model is opened, and every endpoint asked for a word, before the folder is claimed by writing the plan.
 
     Raises:
         ConfigError: A model string is wrong.
@@ -46,6 +46,7 @@ async def play(
         pool.get(name)
     if _missing(folder, plan, manifest, retry_failed=retry_failed):
         await refuse_silent(pool, names)
+    save_plan(plan, manifest, folder)
     tallies = []
     for system in plan.systems:
         with closing(open_store(store_path(folder, system))) as store:
@@ -99,23 +100,31 @@ def _asked(config: JudgeConfig, again: int) -> JudgeConfig:
 def _missing(folder: Path, plan: Plan, manifest: Manifest, *, retry_failed: bool) -> bool:
     """Whether anything is left to play."""
     for system in plan.systems:
-        path = store_path(folder, system)
-        if not path.is_file():
-            return True
-        with closing(open_store(path, create=False)) as store:
-            present = set(store.ids(EpisodeQuery(tag=system, status="completed" if retry_failed else None)))
         wanted = {episode_id(p, tag=system, config=plan.simulate) for p in pairings_of(plan, manifest, system)}
-        if not wanted <= present:
+        if lacks(store_path(folder, system), wanted, tag=system, retry_failed=retry_failed):
             return True
     return False
 
 
+def lacks(path: Path, wanted: set[str], *, tag: str, retry_failed: bool) -> bool:
+    """Whether a store, which may not be there yet, lacks episodes."""
+    if not path.is_file():
+        return True
+    with closing(open_store(path, create=False)) as store:
+        present = set(store.ids(EpisodeQuery(tag=tag, status="completed" if retry_failed else None)))
+    return not wanted <= present
+
+
 async def refuse_silent(pool: ModelPool, names: Iterable[str]) -> None:
-    """Ask every HTTP model for one word, so that one that does not answer is found before anything is paid for.
+    """Open models and ask the HTTP ones for a word, so that a wrong one is found before anything is paid for.
 
     Raises:
+        ConfigError: A model string is wrong.
         EvaluationError: One of them gives no answer; names all that do not.
     """
+    names = list(names)
+    for name in names:
+        pool.get(name)
     http = [name for name in dict.fromkeys(names) if isinstance(parse_name(name), OpenAIName | CustomName)]
     answers = await asyncio.gather(*(_word(pool, name) for name in http))
     if silent := [answer for answer in answers if answer]:
