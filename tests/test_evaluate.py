@@ -292,6 +292,34 @@ def test_systems_without_a_common_scored_pair_are_refused_with_counts():
     assert "'sft' has 16 scores of 32 (agent_failed: timeout 16)" in message
 
 
+def test_one_system_without_a_score_does_not_take_the_others_down():
+    systems = [played("sft", 4, OVER), played("grpo", 6, OVER), played("bad", 5, OVER, temperatures=[0.7])]
+    alone = evaluate(systems[:2], [("grpo", "sft")])
+    systems[2] = replace(systems[2], ratings={}, failures={})
+    found = evaluate(systems, [("bad", "sft"), ("grpo", "sft")])
+    assert found.rows == alone.rows
+    (lacking,) = found.unpaired
+    assert (lacking.system_a, lacking.system_b, lacking.setting, lacking.num_excluded) == ("bad", "sft", "sampled", 32)
+    assert next(s for s in found.systems if s.system == "bad").failures == {"not judged": 32}
+
+
+def test_a_system_that_played_nothing_is_a_comparison_without_pairs():
+    systems = [played("sft", 4, OVER), played("grpo", 6, OVER), Played("late", OVER, [], {})]
+    found = evaluate(systems, [("late", "sft"), ("grpo", "sft")])
+    assert [(u.system_a, u.setting, u.num_excluded) for u in found.unpaired] == [
+        ("late", "sampled", 32),
+        ("late", "greedy", 32),
+    ]
+    assert "'late' was not played" in refused(systems, [("late", "sft")])
+
+
+def test_where_every_episode_failed_the_causes_are_given_and_not_the_advice_to_judge():
+    failed = dict.fromkeys(range(32), TIMEOUT)
+    systems = [played(name, 4, OVER, temperatures=[0.7], failures=failed) for name in ("sft", "grpo")]
+    message = refused(systems)
+    assert message == "none of the 64 episodes has a rating: agent_failed: timeout 64"
+
+
 def test_two_systems_under_one_name_and_unknown_names_are_refused():
     sft = played("sft", 4, OVER)
     assert "name each once" in refused([sft, sft])

@@ -114,6 +114,18 @@ class Row(Record):
     """Scenarios, with as many pairs in each, that find `config.wanted_points`; None where no plan is possible."""
 
 
+class Unpaired(Record):
+    """A comparison in one setting that nothing answers: no pair has a score on both sides.
+
+    Why is in `Results.systems`, side by side.
+    """
+
+    system_a: str
+    system_b: str
+    setting: Setting
+    num_excluded: int
+
+
 class Decomposition(Record):
     """Where A's gain over B in the sampled setting comes from, over pairs scored in all four cells.
 
@@ -249,6 +261,8 @@ class Results(Record):
     seeds: dict[str, int]
     config: EvaluateConfig
     rows: tuple[Row, ...]
+    unpaired: tuple[Unpaired, ...] = ()
+    """Comparisons that were asked for and have no row."""
     systems: tuple[SystemSummary, ...]
     decompositions: tuple[Decomposition, ...]
     parts: tuple[Part, ...] = ()

@@ -17,6 +17,7 @@ from sotopia_rl.results import Setting, SystemSummary
 
 PairKey = tuple[str, str]
 """(match id, partner's model string), within one setting."""
+NOT_JUDGED = "not judged"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Cell:
     failed: Mapping[PairKey, str]
     repeats: Mapping[PairKey, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     """Metrics of a pair by every judgement of it, the first included, where there are several."""
+
+    @property
+    def pairs(self) -> set[PairKey]:
+        """Every pair that was to be played, with a score or without."""
+        return self.scored.keys() | self.failed.keys()
 
     def summary(self) -> SystemSummary:
         return SystemSummary(
@@ -114,7 +120,7 @@ def cell_of(p: Played, setting: Setting, partners: Sequence[str], judge: str) ->
     scored: dict[PairKey, dict[str, float]] = {}
     failed = dict.fromkeys(sorted(planned - {key_of(e) for e in episodes}), "not played")
     for episode in episodes:
-        cause = _cause(episode, p)
+        cause = cause_of(episode, p)
         if cause is None:
             scored[key_of(episode)] = metrics_of(episode, p.ratings[episode.id], episode.match.seat)
         else:
@@ -143,14 +149,14 @@ def _checked(
     return models[0]
 
 
-def _cause(episode: Episode, p: Played) -> str | None:
+def cause_of(episode: Episode, p: Played) -> str | None:
     """Why an episode has no score; None where it has one."""
     if episode.failure is not None:
         return f"{episode.status}: {episode.failure.kind}"
     if episode.id in p.ratings:
         return None
     failure = p.failures.get(episode.id)
-    return "not judged" if failure is None else f"judge failed: {failure.kind}"
+    return NOT_JUDGED if failure is None else f"judge failed: {failure.kind}"
 
 
 def _repeats(

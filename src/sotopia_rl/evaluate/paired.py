@@ -49,8 +49,7 @@ def compare(
         raise EvaluationError(
             f"{a.system!r} and {b.system!r} share no scored {a.setting} pair{against}: {a.counts()}; {b.counts()}"
         )
-    met = a.scored.keys() | a.failed.keys() | b.scored.keys() | b.failed.keys()
-    excluded = sorted(k for k in met - set(keys) if partner in (None, k[1]))
+    excluded = sorted(k for k in (a.pairs | b.pairs) - set(keys) if partner in (None, k[1]))
     present = set(chain.from_iterable(cell.scored[key] for cell in (a, b) for key in keys))
     wanted = [*METRICS, *sorted(present - set(METRICS))] if metrics is None else metrics
     rows = [

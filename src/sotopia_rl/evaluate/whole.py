@@ -7,11 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sotopia_rl import __version__
 from sotopia_rl.errors import EvaluationError
-from sotopia_rl.evaluate.cells import Cell, Played, cell_of, partner_of, pooled
+from sotopia_rl.evaluate.cells import NOT_JUDGED, Cell, Played, cause_of, cell_of, partner_of, pooled
 from sotopia_rl.evaluate.noise import CellKey, judge_agreement, judge_noise, spreads
 from sotopia_rl.evaluate.paired import LENGTH, by_scenario, compare, decompose, shared_keys
 from sotopia_rl.manifest import Manifest
-from sotopia_rl.results import SCORES, SETTINGS, EvaluateConfig, LengthPoints, Part, Results, ScenarioRow
+from sotopia_rl.results import (
+    SCORES,
+    SETTINGS,
+    EvaluateConfig,
+    LengthPoints,
+    Part,
+    Results,
+    ScenarioRow,
+    Setting,
+    Unpaired,
+)
 
 Panel = Mapping[str, Sequence[Played]]
 """By judge, one `Played` per system."""
@@ -57,9 +67,11 @@ def evaluate_panel(
 ) -> Results:
     """Compare systems as a panel of judges saw them: pooled (`cells.pooled`), and each judge alone.
 
+    A comparison without a scored pair stands in `Results.unpaired`, beside the rows of the others.
+
     Raises:
         EvaluationError: There is no system, manifests differ, an episode is no part of the manifest or there twice,
-            a name is unknown, a judge rated nothing, or two systems share no scored pair. With counts.
+            a name is unknown, a judge rated nothing, or no comparison has a scored pair. With counts.
     """
     if not panel or not all(panel.values()):
         raise EvaluationError("there is no system to evaluate")
@@ -75,7 +87,10 @@ def evaluate_panel(
     cells = {place: pooled([of_judge[place] for of_judge in by_judge.values()]) for place in first}
     scenario_of = {m.id: m.scenario.id for m in manifest.matches}
     settings = {pair: _settings(cells, *pair) for pair in comparisons}
-    ab = [(cells[a, s], cells[b, s]) for (a, b), shared in settings.items() for s in shared]
+    ab = [(cells[a, s], cells[b, s]) for (a, b), asked in settings.items() for s in asked if _share(cells, a, b, s)]
+    unpaired = [(a, b, s) for (a, b), asked in settings.items() for s in asked if not _share(cells, a, b, s)]
+    if unpaired and not ab:
+        raise EvaluationError("; ".join(_why_unpaired(cells, *missing) for missing in unpaired))
     headline = _headline(cells)
     return Results(
         manifest=manifest.name,
@@ -88,11 +103,12 @@ def evaluate_panel(
         seeds=dict(seeds or {}),
         config=config,
         rows=tuple(row for a, b in ab for row in compare(a, b, scenario_of, config=config)),
+        unpaired=tuple(_unpaired(cells, *missing) for missing in unpaired),
         systems=tuple(cell.summary() for cell in cells.values()),
         decompositions=tuple(
             found
-            for pair, shared in settings.items()
-            if len(shared) == len(SETTINGS)
+            for pair, asked in settings.items()
+            if all((name, s) in cells for name in pair for s in SETTINGS)
             for found in decompose([cells[n, s] for n in pair for s in SETTINGS], scenario_of, config=config)
         ),
         parts=tuple(_parts(by_judge, ab, met, scenario_of, config)),
@@ -129,9 +145,11 @@ def _same_manifest(played: Sequence[Played]) -> Manifest:
 def _one_judge(played: Sequence[Played], named: str = "") -> str:
     counts = Counter(p.ratings[e.id].judge for p in played for e in p.episodes if e.id in p.ratings)
     if not counts:
-        total = sum(len(p.episodes) for p in played)
+        causes = Counter(cause_of(e, p) for p in played for e in p.episodes)
         by = f" by {named}" if named else ""
-        raise EvaluationError(f"none of the {total} episodes has a rating{by}; judge them first")
+        listed = ", ".join(f"{cause} {count}" for cause, count in sorted(causes.items())) or "nothing was played"
+        hint = "; judge them first" if NOT_JUDGED in causes else ""
+        raise EvaluationError(f"none of the {causes.total()} episodes has a rating{by}: {listed}{hint}")
     if len(counts) > 1:
         listed = ", ".join(f"{judge} {count}" for judge, count in sorted(counts.items()))
         raise EvaluationError(f"ratings by {len(counts)} judges ({listed}); give the ratings of one judge")
@@ -143,11 +161,24 @@ def _cells(played: Sequence[Played], partners: Sequence[str], judge: str) -> Cel
     return {(system, setting): cell for system, setting, cell in found if cell is not None}
 
 
-def _settings(cells: Cells, a: str, b: str) -> list[str]:
-    shared = [s for s in SETTINGS if (a, s) in cells and (b, s) in cells]
-    if not shared:
-        raise EvaluationError(f"{a!r} and {b!r} were not played in the same setting (sampled or greedy)")
-    return list(shared)
+def _settings(cells: Cells, a: str, b: str) -> list[Setting]:
+    """In which two systems are compared: where both played, else where one of them did."""
+    played = [[s for s in SETTINGS if (name, s) in cells] for name in (a, b)]
+    return [s for s in SETTINGS if s in played[0] and s in played[1]] or played[0] or played[1] or [SETTINGS[0]]
+
+
+def _share(cells: Cells, a: str, b: str, setting: Setting) -> bool:
+    return (a, setting) in cells and (b, setting) in cells and bool(shared_keys(cells[a, setting], cells[b, setting]))
+
+
+def _unpaired(cells: Cells, a: str, b: str, setting: Setting) -> Unpaired:
+    met = [cell.pairs for name in (a, b) if (cell := cells.get((name, setting)))]
+    return Unpaired(system_a=a, system_b=b, setting=setting, num_excluded=len(set().union(*met)))
+
+
+def _why_unpaired(cells: Cells, a: str, b: str, setting: Setting) -> str:
+    of_each = [cell.counts() if (cell := cells.get((name, setting))) else f"{name!r} was not played" for name in (a, b)]
+    return f"{a!r} and {b!r} share no scored {setting} pair: {'; '.join(of_each)}"
 
 
 def _headline(cells: Cells) -> str:
