@@ -303,3 +303,49 @@ def test_a_system_that_fails_everywhere_is_refused_with_counts(tmp_path, capsys)
         assert call(*play) == 1
     assert "'prose' has 0 scores of 8 (agent_failed: bad_reply 8); 'fair' has 8 scores of 8" in one_line(capsys)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_system_that_fails_everywhere_leaves_the_other_comparisons_and_ends_with_1(tmp_path, capsys):
+    with FaultyServer([reply("Let us just talk.")]) as server:
+        systems = [*SYSTEMS, "--system", f"prose=custom/prose@{server.url}"]
+        play = ["evaluate", *WORLD, *systems, "--partner", "scripted/fair", *JUDGE, "--output", tmp_path, *QUICK]
+        assert call(*play) == 1
+    said = capsys.readouterr()
+    assert "no scored pair for prose - tough; the rest was compared and written" in said.err
+    assert "difference in goal between fair and tough is shown" in said.out
+    lacking = "no pair has a score on both sides, 8 left out (prose: agent_failed: bad_reply 8)"
+    assert lacking in said.out
+    found = load_results(tmp_path / "results.json")
+    assert {(row.system_a, row.system_b) for row in found.rows} == {("fair", "tough")}
+    page = (tmp_path / "report.html").read_text()
+    assert lacking in page
+    assert "agent_failed: bad_reply 8</td>" in page
+    assert call("evaluate", "bundle", tmp_path, "--output", tmp_path / "b.zip") == 0
+    assert call("evaluate", "verify", tmp_path / "b.zip") == 0
+
+
+def test_where_every_system_fails_the_causes_are_given(tmp_path, capsys):
+    with FaultyServer([reply("Let us just talk.")]) as server:
+        systems = ["--system", f"a=custom/a@{server.url}", "--system", f"b=custom/b@{server.url}"]
+        play = ["evaluate", *WORLD, *systems, "--partner", "scripted/fair", *JUDGE, "--output", tmp_path, *QUICK]
+        assert call(*play) == 1
+    assert one_line(capsys).endswith(
+        "none of the 16 episodes has a rating by scripted/judge: agent_failed: bad_reply 16"
+    )
+
+
+@pytest.mark.parametrize("place", ["fair=scripted/nobody", "fair=custom/x@http://127.0.0.1:9/v1"])
+@pytest.mark.parametrize("kind", ["play", "matrix"])
+def test_a_wrong_model_does_not_claim_the_folder(tmp_path, capsys, kind, place):
+    partner = ["--partner", "scripted/fair"] if kind == "play" else []
+    given = ["evaluate", kind, *WORLD, *partner, *JUDGE, "--output", tmp_path / "run", *QUICK, *SYSTEMS[:2]]
+    assert call(*given, "--system", place) != 0
+    assert not (tmp_path / "run").exists()
+    assert call(*given, *SYSTEMS[2:]) == 0
+
+
+@pytest.mark.parametrize("judge", ["scripted/nobody", "custom/x@http://127.0.0.1:9/v1"])
+def test_a_wrong_judge_does_not_enter_the_plan(copy, judge):
+    assert call("evaluate", "rejudge", copy, "--judge", judge, *QUICK) != 0
+    assert load_plan(copy).judges == ("scripted/judge",)
+    assert call("evaluate", "compare", copy) == 0

@@ -27,7 +27,7 @@ from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate import evaluate, load_results
 from sotopia_rl.report import ReportInput, results_table, write_report
 from sotopia_rl.report.charts import Line, Span, forest, line_chart, round_ticks, slopes
-from sotopia_rl.report.wording import answer, headline_pair, interval, plain, signed, split_sentence
+from sotopia_rl.report.wording import answers, basis, headline_pair, interval, plain, signed, split_sentence
 from sotopia_rl.report.write import curve_view
 
 OVER = manifest()
@@ -158,7 +158,7 @@ def test_every_link_and_every_tooltip_has_its_target_and_ids_are_unique(page):
 
 def test_the_answer_the_notes_and_the_hash_are_on_the_page(report, page):
     for text in (
-        answer(report.results),
+        *answers(report.results),
         "These scores mean nothing.",
         report.results.manifest_sha256,
         "scripted/judge",
@@ -240,8 +240,14 @@ def test_a_reward_model_report_of_another_form_is_refused(tmp_path):
 # --- words ------------------------------------------------------------------------------------------
 
 
+def answer(results):
+    """The one sentence of the leading comparison."""
+    return answers(results)[0]
+
+
 def results_with(differences, **changes):
-    """Results whose headline rows have the given (difference, low, high), sampled and greedy."""
+    """Results whose headline rows have the given (difference, low, high), sampled and greedy, and leave nothing out."""
+    changes = {"num_excluded": 0, **changes}
     results = compared()
     rows = []
     for row in results.rows:
@@ -282,8 +288,63 @@ def test_a_loss_is_called_a_loss_and_opposite_signs_are_not_hidden():
 
 def test_one_scenario_is_no_evidence():
     text = answer(results_with({"sampled": (1.2, None, None), "greedy": (1.1, None, None)}, detectable=None))
-    assert text.startswith("No difference in goal")
-    assert "[no interval]" in text
+    assert text == (
+        "Whether grpo or sft does better in goal cannot be told: +1.20 points [no interval] when both sample "
+        "and +1.10 points [no interval] when both play greedily."
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampled", "bounds", "said"),
+    [
+        ((1.2, 0.5, 1.9), (0.2, 2.0), "which cannot turn it)"),
+        ((1.2, 0.5, 1.9), (-0.5, 2.0), "which could turn it; with them anything from \N{MINUS SIGN}0.50 to +2.00)"),
+        ((0.2, -0.5, 0.9), (0.1, 0.4), "6 of 38 pairs left out; with them anything from +0.10 to +0.40)"),
+        ((1.2, None, None), (-3, 4), "6 of 38 pairs left out; with them anything from \N{MINUS SIGN}3.00 to +4.00)"),
+        ((1.2, 0.5, 1.9), (None, None), "when both sample (6 of 38 pairs left out)"),
+    ],
+)
+def test_the_answer_says_how_many_pairs_it_leaves_out_and_whether_they_could_turn_it(sampled, bounds, said):
+    differences = {"sampled": sampled, "greedy": (0.1, -0.3, 0.5)}
+    changes = {"num_pairs": 32, "num_excluded": 6, "worst": bounds[0], "best": bounds[1]}
+    assert said in answer(results_with(differences, **changes))
+
+
+def test_one_pair_in_one_scenario_is_no_plural():
+    differences = {"sampled": (1.2, None, None), "greedy": (0.1, None, None)}
+    assert "(1 sampled pair in 1 scenario, 1 greedy pair in 1 scenario)" in basis(
+        results_with(differences, num_pairs=1, num_scenarios=1)
+    )
+
+
+def test_every_comparison_has_its_own_sentence_and_the_leading_one_stands_first(report, page, written):
+    first, second = answers(report.results)
+    assert first.startswith("grpo beats sft in goal")
+    assert second.startswith("sft beats base in goal")
+    assert f'<p class="answer">{escape(first)}</p>' in page
+    assert f'<p class="also">{escape(second)}</p>' in page
+    assert "sft beats base in goal" in (written / "report.md").read_text(encoding="utf-8")
+
+
+def nothing_scored(name):
+    return played(name, 4, OVER, temperatures=[0.7], failures=dict.fromkeys(range(32), TIMEOUT))
+
+
+def test_a_comparison_without_a_pair_is_reported_beside_the_others(tmp_path):
+    sft, grpo = (played(name, skill, OVER, temperatures=[0.7]) for name, skill in (("sft", 4), ("grpo", 6)))
+    results = evaluate([sft, grpo, nothing_scored("bad")], [("bad", "sft"), ("grpo", "sft")])
+    said = "no pair has a score on both sides, 32 left out (bad: agent_failed: timeout 32)"
+    assert answers(results)[0].startswith("grpo beats sft")
+    assert answers(results)[1] == (f"Whether bad or sft does better in goal cannot be told: when both sample, {said}.")
+    page = write_report(ReportInput(results=results), tmp_path).read_text(encoding="utf-8")
+    assert page.count(said) == 2
+    assert outline(page).open == []
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(results_table(results))
+    assert "bad - sft, sampled" in console.file.getvalue()
+    assert "no pair, 32 left out" in console.file.getvalue()
+    assert load_results(tmp_path / "results.json") == results
 
 
 def test_a_trained_variant_over_sft_leads_the_page(report):

@@ -11,7 +11,7 @@ from played_systems import judged_by, manifest, played
 from sotopia_rl.episode import Failure
 from sotopia_rl.errors import EvaluationError
 from sotopia_rl.evaluate import evaluate_panel
-from sotopia_rl.evaluate.contrast import contrasts
+from sotopia_rl.evaluate.contrast import contrasts, contrasts_of_each
 from sotopia_rl.published import beside, published_results
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.report.charts import strip
@@ -119,6 +119,19 @@ def test_contrasts_are_the_largest_wins_then_the_largest_losses_of_the_same_matc
             "local/runs/grpo",
             "local/runs/sft",
         )
+
+
+def test_every_comparison_has_conversations_side_by_side_and_their_number_is_bounded(tmp_path):
+    both = [("grpo", "sft"), ("sft", "grpo")]
+    found = evaluate_panel(panel(), both)
+    shown = contrasts_of_each(panel(), found, both, "goal")
+    assert {(c.system_a, c.system_b) for c in shown} == set(both)
+    assert len(shown) <= 12
+    assert len(contrasts_of_each(panel(), found, both * 20, "goal")) <= 24
+    text = write_report(ReportInput(results=found, contrasts=shown), tmp_path).read_text(encoding="utf-8")
+    assert "<h3>grpo over sft</h3>" in text
+    assert "<h3>sft over grpo</h3>" in text
+    assert outline(text).open == []
 
 
 def test_scenario_rows_average_to_the_difference():

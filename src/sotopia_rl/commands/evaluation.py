@@ -345,24 +345,29 @@ def publish(
     published: bool = False,
 ) -> None:
     """Compute the results of run folders, write them with their report, and show the table."""
-    from sotopia_rl.evaluate.contrast import contrasts
+    from sotopia_rl.evaluate.contrast import contrasts_of_each
     from sotopia_rl.evaluate.folder import load_evaluation
     from sotopia_rl.report import ReportInput, results_table, write_report
-    from sotopia_rl.report.wording import headline_metric, headline_pair
+    from sotopia_rl.report.wording import answers, comparisons, headline_metric, headline_pair
 
     found = load_evaluation(runs)
     results = found.results(config=config, baseline=baseline)
-    a, b = headline_pair(results)
+    pairs = sorted(comparisons(results), key=lambda pair: pair != headline_pair(results))
     page = ReportInput(
         results=results,
         title=found.manifest.name,
-        contrasts=contrasts(found.panel, results, a, b, headline_metric(results)),
+        contrasts=contrasts_of_each(found.panel, results, pairs, headline_metric(results)),
         provenance=found.provenance(),
         published=published,
     )
     write_report(page, output)
     out.print(results_table(results))
+    for sentence in answers(results):
+        out.print(sentence, markup=False, soft_wrap=True)
     out.print(f"results {output / 'results.json'}\nreport  {output / 'report.html'}")
+    if results.unpaired:
+        lacking = {f"{u.system_a} - {u.system_b}": None for u in results.unpaired}
+        raise EvaluationError(f"no scored pair for {', '.join(lacking)}; the rest was compared and written")
 
 
 def named_systems(texts: list[str], *, at_least: int = 2) -> dict[str, str]:

@@ -97,6 +97,7 @@ def execute(
     from sotopia_rl.llm.limits import Budget
     from sotopia_rl.pipeline import build, check_models, reopen_failed
     from sotopia_rl.report import results_table
+    from sotopia_rl.report.wording import answers
     from sotopia_rl.results import load_results
     from sotopia_rl.steps import Run
 
@@ -121,7 +122,10 @@ def execute(
     report = list(graph.stages.values())[-1].folder(stages)
     for name in RESULTS:
         shutil.copyfile(report / name, root / name)
-    out.print(results_table(load_results(root / "results.json")))
+    results = load_results(root / "results.json")
+    out.print(results_table(results))
+    for sentence in answers(results):
+        out.print(sentence, markup=False, soft_wrap=True)
     for note in experiment.notes:
         out.print(f"[yellow]note[/] {note}")
     out.print(f"results {root / 'results.json'}\nreport  {root / 'report.html'}")

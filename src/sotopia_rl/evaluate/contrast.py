@@ -15,6 +15,8 @@ from sotopia_rl.results import Results, Setting
 class Contrast:
     """One match against one partner, as both systems played it. The ratings are the first judge's."""
 
+    system_a: str
+    system_b: str
     metric: str
     setting: Setting
     score_a: float
@@ -49,7 +51,19 @@ def contrasts(panel: Panel, results: Results, a: str, b: str, metric: str, *, co
     losses = [key for key in reversed(ranked[-count:]) if of_a[key] < of_b[key]]
     first = next(iter(panel.values()))
     talks = [_talks(_named(first, name), setting) for name in (a, b)]
-    return [Contrast(metric, setting, of_a[k], of_b[k], talks[0][k], talks[1][k]) for k in (*wins, *losses)]
+    return [Contrast(a, b, metric, setting, of_a[k], of_b[k], talks[0][k], talks[1][k]) for k in (*wins, *losses)]
+
+
+def contrasts_of_each(
+    panel: Panel, results: Results, pairs: Sequence[tuple[str, str]], metric: str, *, most: int = 24
+) -> list[Contrast]:
+    """The contrasts of every comparison, about `most` in all: the more comparisons, the fewer of each.
+
+    Beyond `most` / 2 comparisons the last ones show none.
+    """
+    shown = pairs[: most // 2]
+    count = min(3, most // (2 * max(1, len(shown))))
+    return [c for a, b in shown for c in contrasts(panel, results, a, b, metric, count=count)]
 
 
 def _named(played: Sequence[Played], name: str) -> Played:

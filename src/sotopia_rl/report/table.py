@@ -30,6 +30,9 @@ def results_table(results: Results, *, metrics: tuple[str, ...] = SHOWN) -> Tabl
         table.add_row(escape(f"{a} - {b}, {setting}{left_out}"), style="bold cyan")
         for row in listed:
             table.add_row(*_cells(row), style="bold" if is_clear(row) else "", end_section=row is listed[-1])
+    for u in results.unpaired:
+        title = f"{u.system_a} - {u.system_b}, {u.setting}\n  no pair, {u.num_excluded} left out"
+        table.add_row(escape(title), style="bold cyan", end_section=True)
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Effect, Results, Row, Setting
+from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Effect, Results, Row, Setting, Unpaired
 
 PLAYED: dict[Setting, str] = {"sampled": "when both sample", "greedy": "when both play greedily"}
 
@@ -60,8 +60,9 @@ def headline_metric(results: Results) -> str:
 
 
 def comparisons(results: Results) -> list[tuple[str, str]]:
-    """Pairs of systems in the order in which they were compared."""
-    return list(dict.fromkeys((row.system_a, row.system_b) for row in results.rows))
+    """Pairs of systems in the order in which they were compared; those without a pair of episodes last."""
+    answered = [(row.system_a, row.system_b) for row in results.rows]
+    return list(dict.fromkeys([*answered, *((u.system_a, u.system_b) for u in results.unpaired)]))
 
 
 def rows_of(results: Results, a: str, b: str, metric: str) -> dict[Setting, Row]:
@@ -70,28 +71,69 @@ def rows_of(results: Results, a: str, b: str, metric: str) -> dict[Setting, Row]
     return {setting: found[setting] for setting in SETTINGS if setting in found}
 
 
+def unpaired_of(results: Results, a: str, b: str) -> list[Unpaired]:
+    """The settings in which a comparison has no pair."""
+    return [u for u in results.unpaired if (u.system_a, u.system_b) == (a, b)]
+
+
 def headline_pair(results: Results) -> tuple[str, str]:
     """The comparison that leads the page: a trained variant over SFT where there is one, else the first."""
     pairs = comparisons(results)
-    return next((pair for pair in pairs if pair[1] == "sft"), pairs[0])
+    answered = {(row.system_a, row.system_b) for row in results.rows}
+    return next((pair for pair in pairs if pair[1] == "sft" and pair in answered), pairs[0])
 
 
-def answer(results: Results) -> str:
-    """The answer in one sentence."""
-    a, b = headline_pair(results)
+def answers(results: Results) -> list[str]:
+    """One sentence per comparison, the leading one first."""
+    first = headline_pair(results)
+    return [_sentence(results, *pair) for pair in (first, *(p for p in comparisons(results) if p != first))]
+
+
+def _sentence(results: Results, a: str, b: str) -> str:
     metric = headline_metric(results)
-    rows = list(rows_of(results, a, b, metric).values())
     named = label(metric).lower()
+    rows = list(rows_of(results, a, b, metric).values())
+    lacking = "".join(f"; {PLAYED[u.setting]}, {unpaired_text(u, results)}" for u in unpaired_of(results, a, b))
     clear = [row for row in rows if is_clear(row)]
-    if not clear:
-        found = " and ".join(_gain(row) for row in rows)
-        return f"No difference in {named} between {a} and {b} is shown: {found}{_could_find(rows, results)}."
-    doubts = "".join(f"; {_gain(row)} cannot be told from none" for row in rows if not is_clear(row))
-    return f"{a} {_verb(clear)} {b} in {named}: {', and '.join(_gain(row) for row in clear)}{doubts}."
+    if clear:
+        doubts = "".join(f"; {_gain(row)} cannot be told from none" for row in rows if not is_clear(row))
+        return f"{a} {_verb(clear)} {b} in {named}: {', and '.join(_gain(row) for row in clear)}{doubts}{lacking}."
+    found = " and ".join(_gain(row) for row in rows)
+    if all(row.low is None for row in rows):
+        told = f"{found}{lacking}" if rows else lacking.removeprefix("; ")
+        return f"Whether {a} or {b} does better in {named} cannot be told: {told}."
+    return f"No difference in {named} between {a} and {b} is shown: {found}{_could_find(rows, results)}{lacking}."
+
+
+def unpaired_text(u: Unpaired, results: Results) -> str:
+    """That no pair has a score on both sides, and why."""
+    failures = {s.system: s.failures for s in results.systems if s.setting == u.setting}
+    names = (u.system_a, u.system_b)
+    causes = [f"{name}: {failure_text(failures[name])}" for name in names if failures.get(name)]
+    causes += [f"{name}: not played" for name in names if name not in failures]
+    return f"no pair has a score on both sides, {u.num_excluded} left out ({'; '.join(causes)})"
 
 
 def _gain(row: Row) -> str:
-    return f"{signed(row.difference)} points {interval(row.low, row.high)} {PLAYED[row.setting]}"
+    return f"{signed(row.difference)} points {interval(row.low, row.high)} {PLAYED[row.setting]}{_left_out(row)}"
+
+
+def _left_out(row: Row) -> str:
+    """How many pairs lack a score, and whether they could turn the answer."""
+    if not row.num_excluded:
+        return ""
+    text = f"{row.num_excluded} of {counted(row.num_pairs + row.num_excluded, 'pair')} left out"
+    if row.worst is None or row.best is None:
+        return f" ({text})"
+    if is_clear(row) and min(row.worst * row.difference, row.best * row.difference) > 0:
+        return f" ({text}, which cannot turn it)"
+    turns = ", which could turn it" if is_clear(row) else ""
+    return f" ({text}{turns}; with them anything from {signed(row.worst)} to {signed(row.best)})"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _verb(rows: Sequence[Row]) -> str:
@@ -123,12 +165,18 @@ def excluded_text(row: Row) -> str:
 def basis(results: Results) -> str:
     """What the answer rests on."""
     a, b = headline_pair(results)
-    rows = list(rows_of(results, a, b, headline_metric(results)).values())
-    pairs = ", ".join(f"{row.num_pairs} {row.setting}" for row in rows)
+    pairs = pairs_text(list(rows_of(results, a, b, headline_metric(results)).values()))
     level = f"{results.config.confidence:.0%}"
     return (
-        f"Paired over the same matches and partners ({pairs} pairs in {rows[0].num_scenarios} scenarios), "
+        f"Paired over the same matches and partners ({pairs}), "
         f"{level} intervals clustered by scenario, judged by {results.judge}."
+    )
+
+
+def pairs_text(rows: Sequence[Row]) -> str:
+    """`32 sampled pairs in 8 scenarios`, by setting."""
+    return ", ".join(
+        f"{counted(row.num_pairs, f'{row.setting} pair')} in {counted(row.num_scenarios, 'scenario')}" for row in rows
     )
 
 

@@ -25,7 +25,7 @@ from sotopia_rl.report import wording
 from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
 from sotopia_rl.report.pictures import length_charts, scenario_charts
 from sotopia_rl.report.reward_model import reward_model_views
-from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary
+from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary, Unpaired
 
 Curve = Sequence[Mapping[str, Any]]
 """Lines of a `metrics.jsonl`: `step` and numbers."""
@@ -43,7 +43,7 @@ class ReportInput:
         reward_models: By name, the content of its `report.json`.
         gate_min_spearman: The rank correlation that GRPO asked of them; None where there was no gate.
         episodes: Shown in full, each with its rating and the rewards of its utterances (which may be empty).
-        contrasts: Matches shown side by side, as both systems of the leading comparison played them.
+        contrasts: Matches shown side by side, as both systems of a comparison played them.
         provenance: Models, prompts, seeds, commands: names to values or to mappings of them.
         notes: Warnings printed on top.
         published: Set published figures beside these, marked as not paired.
@@ -92,6 +92,7 @@ class ComparisonView:
     headline: Sequence[Row]
     failed: Sequence[Row]
     """Headline rows with excluded pairs, for their bounds."""
+    unpaired: Sequence[Unpaired]
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def comparison_views(results: Results) -> list[ComparisonView]:
         scores = [m for m in metrics if m not in guards]
         reach = _reach([row for m in scores for row in rows[m]])
         splits = [d for d in results.decompositions if (d.system_a, d.system_b) == (a, b)]
+        headline = rows.get(wording.headline_metric(results), [])
         views.append(
             ComparisonView(
                 a=a,
@@ -151,8 +153,9 @@ def comparison_views(results: Results) -> list[ComparisonView]:
                 scores=[_metric_view(m, rows[m], reach, ticks=m == scores[-1]) for m in scores],
                 guards=[_metric_view(m, rows[m], _reach(rows[m]), ticks=False) for m in guards],
                 splits=[d for d in splits if d.metric in ("goal", "overall")],
-                headline=rows[wording.headline_metric(results)],
-                failed=[row for row in rows[wording.headline_metric(results)] if row.num_excluded],
+                headline=headline,
+                failed=[row for row in headline if row.num_excluded],
+                unpaired=wording.unpaired_of(results, a, b),
             )
         )
     return views
@@ -287,11 +290,14 @@ class DuelView:
     b: EpisodeView
 
 
-def duel_view(c: Contrast, systems: Mapping[str, str]) -> DuelView:
-    """Both conversations of a contrast. `systems`: names by model string."""
-    a, b = (episode_view(*talk, (), systems) for talk in (c.a, c.b))
-    names = a.agents[a.seat], b.agents[b.seat]
-    return DuelView(*names, c.metric, c.setting, c.score_a, c.score_b, c.difference, a, b)
+def duel_views(contrasts: Sequence[Contrast], systems: Mapping[str, str]) -> list[tuple[str, str, list[DuelView]]]:
+    """By comparison, its contrasts. `systems`: names by model string."""
+    found: dict[tuple[str, str], list[DuelView]] = {}
+    for c in contrasts:
+        a, b = (episode_view(*talk, (), systems) for talk in (c.a, c.b))
+        view = DuelView(c.system_a, c.system_b, c.metric, c.setting, c.score_a, c.score_b, c.difference, a, b)
+        found.setdefault((c.system_a, c.system_b), []).append(view)
+    return [(a, b, views) for (a, b), views in found.items()]
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,7 @@ def _page(report: ReportInput) -> str:
             js=Markup(source("page.js")),  # noqa: S704
             slopes=slope_chart(results),
             pictures=[*scenario_charts(results), *length_charts(results)],
-            duels=[duel_view(contrast, systems) for contrast in report.contrasts],
+            duels=duel_views(report.contrasts, systems),
             curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
             episodes=[episode_view(*shown, systems) for shown in report.episodes],
         )
@@ -352,6 +358,7 @@ def _shared(report: ReportInput) -> dict[str, Any]:
         "results": results,
         "w": wording,
         "notes": list(dict.fromkeys([*results.notes, *report.notes])),
+        "answers": wording.answers(results),
         "comparisons": comparison_views(results),
         "reward_models": models,
         "any_failures": any(s.failures for s in summaries),
