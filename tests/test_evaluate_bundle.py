@@ -102,6 +102,82 @@ def test_files_that_are_changed_missing_or_added_are_named(packed, tmp_path, nam
     )
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            '"tough": "scripted/tough"',
+            '"tough": "openai/gpt-4o"',
+            "evaluation.json: states that tough is openai/gpt-4o, its episodes were played by scripted/tough",
+        ),
+        (
+            '"temperature": 0.7',
+            '"temperature": 0.1',
+            "evaluation.json: 8 of 8 episodes of tough were played with another",
+        ),
+    ],
+)
+def test_systems_and_settings_that_the_episodes_contradict_are_named(packed, tmp_path, old, new, message):
+    text = content(packed, "evaluation.json").decode()
+    assert old in text
+    data = text.replace(old, new, 1).encode()
+    forged = changed(packed, tmp_path / "f.zip", "evaluation.json", data, cover_up=True)
+    assert verify_bundle(forged).problems[0].startswith(message)
+
+
+def test_a_deleted_row_is_named_and_nothing_else_differs(packed, tmp_path):
+    results = json.loads(content(packed, "results.json"))
+    del results["rows"][1]
+    data = json.dumps(results).encode()
+    problems = verify_bundle(changed(packed, tmp_path / "f.zip", "results.json", data, cover_up=True)).problems
+    assert problems == ["results.json: rows: 1 missing that the episodes give: fair - tough, sampled, relationship"]
+
+
+def test_added_and_doubled_rows_are_named_and_another_order_is_not(packed, tmp_path):
+    results = json.loads(content(packed, "results.json"))
+    rows = results["rows"]
+    results["rows"] = [*reversed(rows), rows[0], rows[0] | {"metric": "charm"}]
+    data = json.dumps(results).encode()
+    problems = verify_bundle(changed(packed, tmp_path / "f.zip", "results.json", data, cover_up=True)).problems
+    assert problems == [
+        "results.json: rows: 1 that the episodes do not give: fair - tough, sampled, charm",
+        "results.json: rows: 1 more than once: fair - tough, sampled, goal",
+    ]
+
+
+def record_lines(bundle: Path, kind: str) -> tuple[list[str], int]:
+    """The lines of one system, and the place of its first record of a kind."""
+    lines = content(bundle, "episodes/fair.jsonl").decode().splitlines()
+    return lines, next(i for i, line in enumerate(lines) if f'"kind": "{kind}"' in line)
+
+
+@pytest.mark.parametrize(("kind", "cause"), [("episode", "not played"), ("rating", "not judged")])
+def test_a_missing_record_is_named_first(packed, tmp_path, capsys, kind, cause):
+    lines, at = record_lines(packed, kind)
+    record = json.loads(lines[at])["record"]
+    data = ("\n".join([*lines[:at], *lines[at + 1 :]]) + "\n").encode()
+    forged = changed(packed, tmp_path / "f.zip", "episodes/fair.jsonl", data, cover_up=True)
+    problems = verify_bundle(forged).problems
+    assert problems[0].startswith(f"episodes/fair.jsonl: sampled, {cause}: 1, results.json states 0: match ")
+    if kind == "episode":
+        assert record["match"]["id"] in problems[0]
+    assert "results.json: lengths, fair, sampled, goal.points states 8 entries, the episodes give 7" in problems
+    assert call("evaluate", "verify", forged) == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("differs") for line in shown) <= 21
+
+
+@pytest.mark.parametrize("kind", ["episode", "rating"])
+def test_a_record_that_stands_there_twice_is_named(packed, tmp_path, kind):
+    lines, at = record_lines(packed, kind)
+    record = json.loads(lines[at])["record"]
+    data = ("\n".join([*lines, lines[at]]) + "\n").encode()
+    forged = changed(packed, tmp_path / "f.zip", "episodes/fair.jsonl", data, cover_up=True)
+    (problem,) = verify_bundle(forged).problems
+    assert record.get("id", record.get("episode_id")) in problem
+    assert problem.endswith("stands in it 2 times")
+
+
 def test_another_manifest_is_noticed(packed, tmp_path):
     manifest = json.loads(content(packed, "manifest.json"))
     del manifest["sha256"]
@@ -188,3 +264,6 @@ def test_a_matrix_is_bundled_and_verified_too(tmp_path, capsys):
     forged = changed(tmp_path / "m.zip", tmp_path / "f.zip", "matrix.json", json.dumps(matrix).encode(), cover_up=True)
     assert call("evaluate", "verify", forged) == 1
     assert "matrix.json: tough - fair.won states" in capsys.readouterr().err
+    renamed = content(tmp_path / "m.zip", "evaluation.json").replace(b"scripted/tough", b"scripted/rude")
+    forged = changed(tmp_path / "m.zip", tmp_path / "g.zip", "evaluation.json", renamed, cover_up=True)
+    assert verify_bundle(forged).problems[0].startswith("evaluation.json: states the systems scripted/fair, scripted/r")

@@ -321,6 +321,8 @@ def verify(bundle: ExistingFile, /) -> None:
     verdict = verify_bundle(bundle)
     for problem in verdict.problems[:MAX_PROBLEMS]:
         err.print(f"differs  {problem}", markup=False, soft_wrap=True)
+    if (more := len(verdict.problems) - MAX_PROBLEMS) > 0:
+        err.print(f"differs  and {more} more", markup=False)
     for note in verdict.notes:
         err.print(f"note     {note}", markup=False, soft_wrap=True)
     if not verdict.holds:

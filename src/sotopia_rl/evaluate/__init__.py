@@ -8,7 +8,7 @@ becomes a zero. The arithmetic is in `statistics.py` and `variance.py`, the page
     paired.py   comparisons                   noise.py     judges and partners as sources of spread
     folder.py   the folder of an evaluation   play.py      plays and judges what it lacks
     matrix.py   every pair, ranked            contrast.py  conversations that show a difference
-    bundle.py   results to pass on, and their check
+    bundle.py   results to pass on            claims.py    whether they follow from the episodes
 """
 
 from sotopia_rl.evaluate.cells import Played, metrics_of, pooled, setting_of

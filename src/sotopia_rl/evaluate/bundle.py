@@ -7,7 +7,7 @@
 
 What a check proves: no file was changed since the bundle was made (the hashes, against somebody who cannot also change
 bundle.json; the signature, against everybody without the key), and every number of results.json follows from the
-episodes and ratings inside. It does not prove that the models named in them said these things.
+episodes and ratings inside (`claims.py`). It does not prove that the models named in them said these things.
 
 Files are never unpacked by the names in the archive.
 """
@@ -20,21 +20,20 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from sotopia_rl import __version__
 from sotopia_rl.episode import Record
 from sotopia_rl.errors import ConfigError, DataError, EvaluationError, SotopiaRLError
-from sotopia_rl.evaluate.folder import Plan, load_evaluation, load_plan, store_path
-from sotopia_rl.evaluate.matrix import STORE, MatrixResults, load_matrix, matrix_results
+from sotopia_rl.evaluate.claims import count_values, other_players, recomputed, repeated_records
+from sotopia_rl.evaluate.folder import Plan, load_plan, store_path
+from sotopia_rl.evaluate.matrix import STORE
 from sotopia_rl.manifest import load_manifest
-from sotopia_rl.results import Results, load_results
 from sotopia_rl.store import open_store
 from sotopia_rl.store.jsonl import JsonlWriter
 from sotopia_rl.store.transfer import export_jsonl, import_jsonl
@@ -46,8 +45,6 @@ MAX_BYTES = 4 * 2**30
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _ALWAYS = ("manifest.json", "evaluation.json")
 _PAGES = ("report.html", "report.md", "matrix.html", "matrix.md")
-_TOLERANCE = 1e-9
-"""Relative; other processors and libraries round differently."""
 
 
 class Contents(Record):
@@ -96,7 +93,9 @@ def write_bundle(folder: Path, output: Path, *, sign: bool = False) -> Contents:
     """
     key = _key(needed=True) if sign else None
     plan = load_plan(folder)
-    stated, differing = _recomputed(folder, plan)
+    if others := other_players(folder, plan):
+        raise EvaluationError(f"{folder}: {others[0]}")
+    stated, differing = recomputed(folder, plan)
     if differing:
         raise EvaluationError(
             f"{folder}: {_claim(plan)} is not what its episodes give ({differing[0]}); compute it again"
@@ -273,63 +272,17 @@ def _check_numbers(folder: Path, contents: Contents, verdict: Verdict) -> None:
     try:
         plan, manifest = load_plan(folder), load_manifest(folder / "manifest.json")
         for lines in sorted(folder.glob("*.jsonl")):
+            verdict.problems += repeated_records(lines, f"episodes/{lines.name}")
             with closing(open_store(lines.with_suffix(".db"))) as store:
                 import_jsonl(lines, store)
-        stated, differing = _recomputed(folder, plan)
+        verdict.problems += other_players(folder, plan)
+        stated, differing = recomputed(folder, plan)
         for label, found in (("bundle.json", contents.manifest_sha256), (_claim(plan), stated.manifest_sha256)):
             if found != manifest.sha256:
                 verdict.problems.append(
                     f"{label}: states manifest {found[:12]}, the matches hash to {manifest.sha256[:12]}"
                 )
-        verdict.num_numbers = sum(1 for _ in _leaves(stated.model_dump(mode="json")))
+        verdict.num_numbers = count_values(stated.model_dump(mode="json"))
         verdict.problems += differing
     except SotopiaRLError as error:
         verdict.problems.append(str(error).replace(f"{folder}/", ""))
-
-
-def _recomputed(folder: Path, plan: Plan) -> tuple[Results | MatrixResults, list[str]]:
-    """What a folder claims, and every number of it that the episodes do not give again."""
-    if plan.partners:
-        results = load_results(folder / "results.json")
-        baseline = results.rows[0].system_b if results.rows else None
-        ours = load_evaluation([folder]).results(config=results.config, baseline=baseline)
-        kept = {"notes": results.notes, "seeds": results.seeds, "package_version": results.package_version}
-        rows = (f"{row.system_a} - {row.system_b}, {row.setting}, {row.metric}" for row in results.rows)
-        return results, list(_differing("results.json", results, ours.model_copy(update=kept), "rows", tuple(rows)))
-    matrix = load_matrix(folder / "matrix.json")
-    manifest = load_manifest(folder / "manifest.json")
-    again = matrix_results(folder, plan, manifest, metric=matrix.metric, tie_margin=matrix.tie_margin)
-    again = again.model_copy(update={"package_version": matrix.package_version})
-    meetings = tuple(f"{m.system_a} - {m.system_b}" for m in matrix.meetings)
-    return matrix, list(_differing("matrix.json", matrix, again, "meetings", meetings))
-
-
-def _differing(file: str, stated: Record, ours: Record, rows: str, names: Sequence[str]) -> Iterator[str]:
-    """Every value that two records do not share; places in the list `rows` go by `names`."""
-    before, after = (dict(_leaves(record.model_dump(mode="json"))) for record in (stated, ours))
-    named = {f"{rows}[{i}]": name for i, name in enumerate(names)}
-    for place in sorted(before.keys() | after.keys()):
-        if not _equal(before.get(place), after.get(place)):
-            head, dot, rest = place.partition("].")
-            told = f"{named[head + ']']}.{rest}" if dot and head + "]" in named else place
-            yield f"{file}: {told} states {before.get(place)}, the episodes give {after.get(place)}"
-
-
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no container, with its place."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list):
-        yield f"{place}.length", len(value)
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}[{index}]")
-    else:
-        yield place, value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b))
-    if not numbers:
-        return bool(a == b)
-    return bool(abs(a - b) <= _TOLERANCE * max(1.0, abs(a), abs(b)))

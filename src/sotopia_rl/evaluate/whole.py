@@ -83,8 +83,7 @@ def evaluate_panel(
             raise EvaluationError(f"ratings by {rated_by} stand under judge {judge}")
     met = tuple(partners) or tuple(sorted({partner_of(e) for p in played for e in p.episodes}))
     by_judge = {judge: _cells(by_system, met, judge) for judge, by_system in panel.items()}
-    first = next(iter(by_judge.values()))
-    cells = {place: pooled([of_judge[place] for of_judge in by_judge.values()]) for place in first}
+    cells = _pooled(by_judge)
     scenario_of = {m.id: m.scenario.id for m in manifest.matches}
     settings = {pair: _settings(cells, *pair) for pair in comparisons}
     ab = [(cells[a, s], cells[b, s]) for (a, b), asked in settings.items() for s in asked if _share(cells, a, b, s)]
@@ -159,6 +158,16 @@ def _one_judge(played: Sequence[Played], named: str = "") -> str:
 def _cells(played: Sequence[Played], partners: Sequence[str], judge: str) -> Cells:
     found = ((p.system, setting, cell_of(p, setting, partners, judge)) for p in played for setting in SETTINGS)
     return {(system, setting): cell for system, setting, cell in found if cell is not None}
+
+
+def _pooled(by_judge: Mapping[str, Cells]) -> Cells:
+    first = next(iter(by_judge.values()))
+    return {place: pooled([cells[place] for cells in by_judge.values()]) for place in first}
+
+
+def pooled_cells(panel: Panel, partners: Sequence[str]) -> Cells:
+    """By system and setting, every pair as the whole panel saw it."""
+    return _pooled({judge: _cells(by_system, partners, judge) for judge, by_system in panel.items()})
 
 
 def _settings(cells: Cells, a: str, b: str) -> list[Setting]:
