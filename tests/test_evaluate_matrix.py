@@ -138,3 +138,11 @@ def test_a_file_that_holds_no_matrix_is_refused(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"standings": 3}))
     with pytest.raises(DataError, match="not the results of a matrix"):
         load_matrix(tmp_path / "m.json")
+
+
+def test_the_pages_say_how_it_was_played_and_what_it_took(run):
+    for name in ("matrix.html", "matrix.md"):
+        text = (run / name).read_text(encoding="utf-8")
+        for fact in ("temperature", "agents, default", "judge, default", "calls and cost", "conversations"):
+            assert fact in text
+    assert "{'" not in (run / "matrix.md").read_text(encoding="utf-8")

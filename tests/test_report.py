@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -27,8 +28,8 @@ from sotopia_rl.errors import DataError
 from sotopia_rl.evaluate import evaluate, load_results
 from sotopia_rl.report import ReportInput, results_table, write_report
 from sotopia_rl.report.charts import Line, Span, forest, line_chart, round_ticks, slopes
+from sotopia_rl.report.curves import curve_view, run_title
 from sotopia_rl.report.wording import answers, basis, headline_pair, interval, plain, signed, split_sentence
-from sotopia_rl.report.write import curve_view
 
 OVER = manifest()
 TIMEOUT = Failure(kind="timeout", message="no reply in 30 s", turn=2)
@@ -419,6 +420,44 @@ def test_marks_of_a_forest_lie_left_and_right_of_zero():
 def test_slopes_describe_themselves_in_words():
     svg = str(slopes([("sft", 1.0, 2.0), ("a very long name of a system", 1.5, 2.5)], title="Goal"))
     assert "sft: 1.00 sampled, 2.00 greedy" in svg
+
+
+@pytest.mark.parametrize("values", [[0.88] * 4, [0.88, 0.881, 0.9, 5.0], [float(i) for i in range(20)]])
+def test_names_beside_slopes_keep_apart_from_one_another_and_from_the_axis(values):
+    svg = str(slopes([(f"s{i}", v, v) for i, v in enumerate(values)], title="Goal"))
+    axis = float(re.search(r'<text x="128.0" y="([\d.]+)" class="tick middle">sampled', svg).group(1))
+    names = sorted(float(y) for y in re.findall(r'y="([\d.]+)" class="name end"', svg))
+    assert all(after - before >= 15 for before, after in pairwise(names))
+    assert names[0] >= 10
+    assert axis - names[-1] >= 15
+
+
+def ticks_of(svg):
+    """(of the y axis, of the x axis)"""
+    return re.findall(r'class="tick end">([^<]+)<', str(svg)), re.findall(r'class="tick middle">([^<]+)<', str(svg))
+
+
+def test_shares_are_drawn_from_0_to_1_and_steps_are_whole():
+    lines = [{"step": s, "validity": 1.0, "kl": 0.0, "cut_off": 0.0, "reward": 1.0} for s in (1, 2, 3)]
+    charts = {chart.title: ticks_of(chart.svg) for chart in curve_view(lines).charts}
+    for title in ("Valid replies, share", "Replies cut off, share", "KL from the reference"):
+        assert charts[title][0] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert {tuple(steps) for _, steps in charts.values()} == {("1", "2", "3")}
+
+
+def test_runs_are_titled_by_stage_and_arm():
+    assert [run_title(name) for name in ("sft", "grpo grpo", "rm grpo", "grpo plain", "run-7")] == [
+        "SFT",
+        "GRPO",
+        "Reward model, arm grpo",
+        "GRPO, arm plain",
+        "run-7",
+    ]
+
+
+def test_markdown_tells_the_provenance_in_words(written):
+    text = (written / "report.md").read_text(encoding="utf-8")
+    assert "- models: judge: scripted/judge\n- stages: a, b\n" in text
 
 
 def test_curves_leave_out_what_is_no_number():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from sotopia_rl.evaluate.contrast import contrasts, contrasts_of_each
 from sotopia_rl.published import beside, published_results
 from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.report.charts import strip
-from sotopia_rl.report.wording import plan_text, sd_text
+from sotopia_rl.report.wording import NOT_STATED, plan_text, sd_text
 from sotopia_rl.report.wording import tests_text as how_many_tests
 from sotopia_rl.results import METRICS
 from test_report import chromium, outline
@@ -151,6 +152,7 @@ def test_the_plan_names_scenarios_and_the_difference_at_equal_length():
 
 
 def test_published_figures_name_source_partner_judge_and_where_they_were_read(page):
+    docs = (Path(__file__).parents[1] / "docs" / "published-results.md").read_text(encoding="utf-8")
     for figure in published_results():
         assert figure.metric in METRICS
         assert figure.manifest in {"sotopia-hard", "sotopia-all"}
@@ -161,6 +163,10 @@ def test_published_figures_name_source_partner_judge_and_where_they_were_read(pa
     text = (page / "report.html").read_text(encoding="utf-8")
     assert "Not paired" in text
     assert "5.04 ± 0.31" in text
+    unstated = sum(not f.partner for f in published_results())
+    assert unstated == docs.count("| not stated where read | not stated where read |")
+    assert f"<td>{NOT_STATED}</td>" in text
+    assert NOT_STATED == "not stated where read"
     assert "6.97" in text
 
 

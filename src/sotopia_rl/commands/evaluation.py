@@ -257,7 +257,7 @@ def matrix(
         YAML file with any of the settings below.
     """
     from sotopia_rl.evaluate.folder import Plan, joined_plan
-    from sotopia_rl.evaluate.matrix import matrix_results, play_matrix
+    from sotopia_rl.evaluate.matrix import matrix_provenance, matrix_results, play_matrix
     from sotopia_rl.report import matrix_table, write_matrix
 
     drawn, speaking, settings, judging, limits = resolve(
@@ -278,7 +278,7 @@ def matrix(
         lambda pool, watch: play_matrix(pool, output, plan, frozen, watch, retry_failed=retry_failed),
     )
     results = matrix_results(output, plan, frozen, metric=metric, tie_margin=tie_margin)
-    write_matrix(results, output)
+    write_matrix(results, output, provenance=matrix_provenance(output, plan))
     out.print(matrix_table(results))
     out.print(f"results {output / 'matrix.json'}\npage    {output / 'matrix.html'}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from sotopia_rl.episode import AgentSpec, Rating, Record, Sampling, Usage
+from sotopia_rl.episode import AgentSpec, Episode, Rating, Record, Sampling, Usage
 from sotopia_rl.errors import ConfigError, DataError, EvaluationError
 from sotopia_rl.evaluate.cells import Played
 from sotopia_rl.evaluate.whole import Panel, evaluate_panel
@@ -156,22 +156,26 @@ class Evaluation:
 
     def provenance(self) -> dict[str, object]:
         """What a reader needs to make the same numbers again."""
-        plan = self.plan
-        agent, judge = get_profile(plan.simulate.prompt_profile), get_profile(plan.judging.prompt_profile)
-        episodes = next(iter(self.panel.values()))
-        versions = sorted({e.package_version for p in episodes for e in p.episodes if e.package_version})
-        return {
-            "systems": dict(plan.systems),
-            "temperature": f"{plan.temperature:g}" + (", and 0" if plan.greedy else ""),
-            "prompts": {
-                f"agents, {agent.name}": template_sha256(agent.agent),
-                f"judge, {judge.name}": template_sha256(judge.judge),
-            },
-            "judge's temperature": plan.judging.temperature,
-            "turns at most": plan.simulate.max_turns,
-            "played with": [f"sotopia-rl {version}" for version in versions],
-            "calls and cost": {name: usage_text(usage) for name, usage in self.cost.items()},
-        }
+        played = next(iter(self.panel.values()))
+        return provenance(self.plan, (e for p in played for e in p.episodes), self.cost)
+
+
+def provenance(plan: Plan, episodes: Iterable[Episode], cost: Mapping[str, Usage]) -> dict[str, object]:
+    """What a reader needs to make the same numbers again."""
+    agent, judge = get_profile(plan.simulate.prompt_profile), get_profile(plan.judging.prompt_profile)
+    versions = sorted({e.package_version for e in episodes if e.package_version})
+    return {
+        "systems": dict(plan.systems),
+        "temperature": f"{plan.temperature:g}" + (", and 0" if plan.greedy else ""),
+        "prompts": {
+            f"agents, {agent.name}": template_sha256(agent.agent),
+            f"judge, {judge.name}": template_sha256(judge.judge),
+        },
+        "judge's temperature": plan.judging.temperature,
+        "turns at most": plan.simulate.max_turns,
+        "played with": [f"sotopia-rl {version}" for version in versions],
+        "calls and cost": {name: usage_text(usage) for name, usage in cost.items()},
+    }
 
 
 def usage_text(usage: Usage) -> str:
@@ -285,10 +289,10 @@ def _played(folder: Path, plan: Plan, system: str, manifest: Manifest, cost: dic
         if path.is_file():
             with closing(open_store(path, create=False)) as store:
                 again += store.ratings()
-    cost[f"system {system}"] = _total(e.usage for e in episodes)
+    cost[f"system {system}"] = total_usage(e.usage for e in episodes)
     for judge in plan.judges:
         own = [*ratings[judge].values(), *(r for r in again if r.judge == judge)]
-        cost[f"judge {judge}"] = cost.get(f"judge {judge}", Usage()) + _total(r.provenance.usage for r in own)
+        cost[f"judge {judge}"] = cost.get(f"judge {judge}", Usage()) + total_usage(r.provenance.usage for r in own)
     return {
         judge: Played(
             system,
@@ -302,5 +306,6 @@ def _played(folder: Path, plan: Plan, system: str, manifest: Manifest, cost: dic
     }
 
 
-def _total(usages: Iterable[Usage]) -> Usage:
+def total_usage(usages: Iterable[Usage]) -> Usage:
+    """What several calls took together."""
     return sum(usages, Usage())

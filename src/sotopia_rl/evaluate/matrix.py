@@ -24,7 +24,7 @@ from sotopia_rl import __version__, stages
 from sotopia_rl.episode import Episode, Match, Rating, Record, Seat, other
 from sotopia_rl.errors import DataError, EvaluationError
 from sotopia_rl.evaluate.cells import metrics_of
-from sotopia_rl.evaluate.folder import Plan, save_plan
+from sotopia_rl.evaluate.folder import Plan, provenance, save_plan, total_usage
 from sotopia_rl.evaluate.play import lacks, refuse_silent
 from sotopia_rl.files import read_text
 from sotopia_rl.llm.open import ModelPool
@@ -220,6 +220,17 @@ def matrix_results(
         meetings=tuple(meetings),
         package_version=__version__,
     )
+
+
+def matrix_provenance(folder: Path, plan: Plan) -> dict[str, object]:
+    """What a reader needs to make the same numbers again."""
+    with closing(open_store(folder / STORE, create=False)) as store:
+        episodes = list(store.episodes(EpisodeQuery(tag=TAG)))
+        cost = {"conversations": total_usage(e.usage for e in episodes)} | {
+            f"judge {judge}": total_usage(r.provenance.usage for r in store.ratings(judge=judge))
+            for judge in plan.judges
+        }
+    return provenance(plan, episodes, cost)
 
 
 Talks = Mapping[tuple[str, str, str], _Talk]

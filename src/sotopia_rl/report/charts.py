@@ -58,13 +58,19 @@ def _tag(name: str, *content: str, **attributes: object) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, Markup("").join(content))  # noqa: S704  own names
 
 
-def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
+def round_ticks(low: float, high: float, count: int = 4, *, whole: bool = False) -> list[float]:
+    """About `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten.
+
+    Args:
+        whole: Whole numbers only.
+    """
     if not high > low:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -101,22 +107,28 @@ def line_chart(
     title: str,
     x_label: str,
     y_range: tuple[float, float] | None = None,
+    whole_x: bool = False,
     diagonal: bool = False,
     described: str = "",
     width: int = 340,
     height: int = 200,
 ) -> Markup:
-    """Lines over a common x axis; `y` titles the chart, so that labels are never turned sideways."""
+    """Lines over a common x axis; `y` titles the chart, so that labels are never turned sideways.
+
+    Args:
+        y_range: Ends of the y axis, as far as the values stay between them.
+        whole_x: x counts something.
+    """
     points = [point for line in lines for point in line.points]
     if not points:
         return Markup("")
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    y_low, y_high = y_range or _padded([y for _, y in points])
+    y_low, y_high = _y_ends([y for _, y in points], y_range)
     x = _Scale(x_low, x_high, 44, width - 12)
     y = _Scale(y_low, y_high, height - 34, 10)
-    parts = [*_axes(x, y, x_label, width, height)]
+    parts = [*_axes(x, y, x_label, width, height, whole_x=whole_x)]
     if diagonal:
         low, high = max(x_low, y_low), min(x_high, y_high)
         parts.append(_tag("line", x1=x(low), y1=y(low), x2=x(high), y2=y(high), class_="diagonal"))
@@ -141,11 +153,17 @@ def line_chart(
     )
 
 
-def _axes(x: _Scale, y: _Scale, x_label: str, width: int, height: int) -> Iterator[Markup]:
+def _y_ends(values: Sequence[float], natural: tuple[float, float] | None) -> tuple[float, float]:
+    if natural is not None:
+        return min(natural[0], *values), max(natural[1], *values)
+    return _padded(values) if any(values) else (0.0, 1.0)
+
+
+def _axes(x: _Scale, y: _Scale, x_label: str, width: int, height: int, *, whole_x: bool) -> Iterator[Markup]:
     for value in round_ticks(y.low, y.high, 5):
         yield _tag("line", x1=x.start, x2=x.end, y1=y(value), y2=y(value), class_="grid")
         yield _tag("text", escape(number(value)), x=x.start - 6, y=y(value) + 3.5, class_="tick end")
-    for value in round_ticks(x.low, x.high, 5):
+    for value in round_ticks(x.low, x.high, 5, whole=whole_x):
         yield _tag("text", escape(number(value)), x=x(value), y=height - 19, class_="tick middle")
     yield _tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis")
     yield _tag("text", escape(x_label), x=(x.start + width - 12) / 2, y=height - 4, class_="tick middle label")
@@ -251,14 +269,15 @@ def slopes(systems: Sequence[tuple[str, float, float]], *, title: str, width: in
     """Each system's mean when it samples (left) and when it plays greedily (right), joined by a line."""
     values = [v for _, left, right in systems for v in (left, right)]
     low, high = _padded(values)
+    height = max(height, 54 + LABEL_GAP * len(systems))
     y = _Scale(low, high, height - 30, 24)
     left_x, right_x = 128.0, width - 128.0
     parts = [
         _tag("text", "sampled", x=left_x, y=height - 8, class_="tick middle"),
         _tag("text", "greedy", x=right_x, y=height - 8, class_="tick middle"),
     ]
-    at_left = _apart([y(left) for _, left, _ in systems])
-    at_right = _apart([y(right) for _, _, right in systems])
+    at_left = _apart([y(left) for _, left, _ in systems], y.start)
+    at_right = _apart([y(right) for _, _, right in systems], y.start)
     for place, (name, left, right) in enumerate(systems):
         colour = f"c{place % 6}"
         parts += [
@@ -292,10 +311,16 @@ def _middle(name: str) -> str:
     return name if len(name) <= 20 else f"{name[:12]}…{name[-7:]}"
 
 
-def _apart(places: Sequence[float], gap: float = 15.0) -> list[float]:
-    """Label positions moved so that no two are closer than `gap`."""
+LABEL_GAP = 15
+
+
+def _apart(places: Sequence[float], lowest: float) -> list[float]:
+    """Label positions moved so that no two are closer than `LABEL_GAP`, and none is below `lowest` (a larger y)."""
     moved = list(places)
     order = sorted(range(len(places)), key=lambda i: places[i])
     for before, after in pairwise(order):
-        moved[after] = max(moved[after], moved[before] + gap)
+        moved[after] = max(moved[after], moved[before] + LABEL_GAP)
+    for i in reversed(order):
+        moved[i] = min(moved[i], lowest)
+        lowest = moved[i] - LABEL_GAP
     return moved

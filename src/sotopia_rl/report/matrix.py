@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,19 @@ class Cell:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def write_matrix(results: MatrixResults, out_dir: Path) -> Path:
-    """Write `matrix.json`, `matrix.html` and `matrix.md`; the path of the page."""
+def write_matrix(results: MatrixResults, out_dir: Path, *, provenance: Mapping[str, object]) -> Path:
+    """Write `matrix.json`, `matrix.html` and `matrix.md`; the path of the page.
+
+    Args:
+        provenance: As of `ReportInput`.
+    """
     values: dict[str, Any] = {
         "results": results,
         "w": wording,
         "answer": answer(results),
         "cells": cells(results),
         "left_out": left_out(results),
+        "provenance": provenance,
         "version": __version__,
     }
     reach = _reach(results.standings)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from sotopia_rl.errors import DataError
 from sotopia_rl.report.charts import Chart, Line, line_chart
+from sotopia_rl.report.curves import run_title
 from sotopia_rl.report.wording import plain
 from sotopia_rl.train.reward_report import OutputReport, RewardReport
 
@@ -40,9 +41,9 @@ def reward_model_views(name: str, data: Mapping[str, Any], *, gate_min_spearman:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"
         raise DataError(f"reward model {name!r}: not a reward-model report: {where}: {first['msg']}") from error
-    several = len(report.outputs) > 1
+    several, title = len(report.outputs) > 1, run_title(name)
     return [
-        _view(f"{name}: {output.name}" if several else name, output, report, gate_min_spearman)
+        _view(f"{title}: {output.name}" if several else title, output, report, gate_min_spearman)
         for output in report.outputs
     ]
 
@@ -96,4 +97,4 @@ def _best_of_n(output: OutputReport) -> Chart | None:
         Line("at random", [(float(b.n), b.random) for b in curve], "dashed", 5),
     ]
     names = [(line.colour, line.label) for line in lines if line.style != "dots"]
-    return Chart(title, line_chart(lines, title=title, x_label="n"), names)
+    return Chart(title, line_chart(lines, title=title, x_label="n", whole_x=True), names)

@@ -8,6 +8,9 @@ from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Effect, Results
 
 PLAYED: dict[Setting, str] = {"sampled": "when both sample", "greedy": "when both play greedily"}
 
+NOT_STATED = "not stated where read"
+"""Of a published figure: what the place where it was read leaves out."""
+
 
 def label(metric: str) -> str:
     """A metric's name for people."""

@@ -22,16 +22,11 @@ from sotopia_rl.evaluate.contrast import Contrast
 from sotopia_rl.observe import goal_text, scenario_text
 from sotopia_rl.published import beside
 from sotopia_rl.report import wording
-from sotopia_rl.report.charts import Chart, Line, Point, Span, forest, line_chart, slopes
+from sotopia_rl.report.charts import Chart, Span, forest, slopes
+from sotopia_rl.report.curves import Curve, curve_views
 from sotopia_rl.report.pictures import length_charts, scenario_charts
 from sotopia_rl.report.reward_model import reward_model_views
 from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary, Unpaired
-
-Curve = Sequence[Mapping[str, Any]]
-"""Lines of a `metrics.jsonl`: `step` and numbers."""
-
-MAX_POINTS = 300
-"""Points drawn per line; longer curves are thinned."""
 
 
 @dataclass(frozen=True)
@@ -197,71 +192,6 @@ def slope_chart(results: Results) -> Chart | None:
     return Chart(title, slopes(ranked, title=title))
 
 
-CURVES: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Loss", {"loss": "training", "eval_loss": "held out"}),
-    ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
-    ("Reward", {"reward": "after the validity gate", "reward_model_score": "by the reward model"}),
-    (
-        "Judge, validation matches",
-        {"eval_score": "goal", "eval_believability": "believability", "eval_overall": "overall"},
-    ),
-    ("Valid replies, share", {"validity": "valid"}),
-    ("KL from the reference", {"kl": "KL"}),
-    ("Entropy, nats per token", {"entropy": "entropy"}),
-    ("Reply length, tokens", {"length": "tokens"}),
-    ("Replies cut off, share", {"cut_off": "cut off"}),
-    ("Leaked secrets, share", {"secret_leaks": "leaks"}),
-    ("Groups without signal, share", {"groups_without_signal": "without signal"}),
-)
-"""Charts of a training run: title, and the metrics drawn in it with their labels."""
-
-
-@dataclass(frozen=True)
-class CurveView:
-    """One training run: its charts, and what it warned of."""
-
-    charts: Sequence[Chart]
-    warnings: Sequence[str]
-
-
-def curve_view(curve: Curve) -> CurveView:
-    """The known metrics of one run; those it lacks are left out, and so is GRPO's loss, which says nothing."""
-    reinforced = any("reward" in entry for entry in curve)
-    charts = []
-    for title, labels in CURVES:
-        series = {label: points for name, label in labels.items() if (points := _points(curve, name))}
-        if not series or (reinforced and title == "Loss"):
-            continue
-        lines = [line for place, (label, points) in enumerate(series.items()) for line in _lines(label, points, place)]
-        names = list(enumerate(series)) if len(series) > 1 else ()
-        charts.append(Chart(title, line_chart(lines, title=title, x_label="step"), names))
-    warnings = [f"Step {entry.get('step')}: {entry['warning']}" for entry in curve if entry.get("warning")]
-    return CurveView(charts, warnings)
-
-
-def _points(curve: Curve, name: str) -> list[Point]:
-    found = [
-        (float(entry["step"]), float(entry[name]))
-        for entry in curve
-        if isinstance(entry.get(name), int | float) and isinstance(entry.get("step"), int | float)
-    ]
-    finite = [point for point in found if abs(point[1]) < float("inf")]  # NaN compares false as well
-    stride = -(-len(finite) // MAX_POINTS) or 1
-    return finite[::stride]
-
-
-def _lines(name: str, points: list[Point], colour: int) -> list[Line]:
-    """The curve; a long one is smoothed, with the raw values faint behind it."""
-    if len(points) < 30:
-        return [Line(name, points, colour=colour)]
-    half = max(1, len(points) // 40)
-    smooth = [
-        (x, sum(y for _, y in points[max(0, i - half) : i + half + 1]) / len(points[max(0, i - half) : i + half + 1]))
-        for i, (x, _) in enumerate(points)
-    ]
-    return [Line(name, points, "faint", colour), Line(f"{name} (smoothed)", smooth, colour=colour)]
-
-
 def episode_view(
     episode: Episode, rating: Rating, rewards: Sequence[UtteranceReward], systems: Mapping[str, str]
 ) -> EpisodeView:
@@ -335,7 +265,7 @@ def _page(report: ReportInput) -> str:
             slopes=slope_chart(results),
             pictures=[*scenario_charts(results), *length_charts(results)],
             duels=duel_views(report.contrasts, systems),
-            curves={name: view for name, curve in report.curves.items() if (view := curve_view(curve)).charts},
+            curves={title: view for title, view in curve_views(report.curves).items() if view.charts},
             episodes=[episode_view(*shown, systems) for shown in report.episodes],
         )
     )
@@ -381,12 +311,22 @@ def environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
     )
     made.filters["cell"] = _markdown_cell
+    made.filters["told"] = _told
     return made
 
 
 def source(name: str) -> str:
     """A file of this folder."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _told(value: object) -> str:
+    """A fact in one line, whatever it is made of."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_told(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_told, value))
+    return "none" if value is None else str(value)
 
 
 def _markdown_cell(value: object) -> str:
