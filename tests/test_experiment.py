@@ -3,11 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from played_systems import PARTNERS, manifest, played
+from sotopia_rl.episode import Failure
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.experiment import Experiment, Stage, is_done, load_experiment, run_stage
 from sotopia_rl.llm.limits import Budget, ModelLimits
 from sotopia_rl.pipeline import Graph, build
-from sotopia_rl.steps import Run
+from sotopia_rl.results import load_results
+from sotopia_rl.steps import Run, compare, stage_store
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -173,3 +176,22 @@ def test_every_recipe_is_a_valid_experiment() -> None:
     for path in recipes:
         overrides = {"world": {"profiles": "somewhere"}} if "source: profiles" in path.read_text() else None
         graph_of(load_experiment(path, overrides=overrides))
+
+
+def test_an_arm_whose_episodes_all_failed_leaves_the_other_comparisons(tmp_path: Path) -> None:
+    over = manifest()
+    timeout = Failure(kind="timeout", message="no reply in 30 s", turn=2)
+    (tmp_path / "world").mkdir()
+    over.save(tmp_path / "world" / "held_out.json")
+    for name, skill, failed in (("base", 2, 0), ("sft", 4, 0), ("grpo", 6, 32)):
+        system = played(name, skill, over, temperatures=[0.7], failures=dict.fromkeys(range(failed), timeout))
+        with stage_store(tmp_path / name) as store:
+            store.add_episodes(system.episodes)
+            store.add_ratings(system.ratings.values())
+    partners = [partner.model for partner in PARTNERS]
+    e = Experiment(name="toy", judge_model="scripted/judge", evaluate={"partners": partners})
+    inputs = {name: tmp_path / name for name in ("world", "base", "sft", "grpo")}
+    compare(Run(lambda _: None, ModelLimits(), Budget(None)), e, tmp_path, inputs)
+    results = load_results(tmp_path / "results.json")
+    assert {(row.system_a, row.system_b) for row in results.rows} == {("sft", "base")}
+    assert [(u.system_a, u.system_b, u.num_excluded) for u in results.unpaired] == [("grpo", "sft", 32)]

@@ -18,6 +18,7 @@ from sotopia_rl.report import ReportInput, write_report
 from sotopia_rl.report.charts import strip
 from sotopia_rl.report.wording import NOT_STATED, plan_text, sd_text
 from sotopia_rl.report.wording import tests_text as how_many_tests
+from sotopia_rl.report.write import episode_view
 from sotopia_rl.results import METRICS
 from test_report import chromium, outline
 
@@ -133,6 +134,16 @@ def test_every_comparison_has_conversations_side_by_side_and_their_number_is_bou
     assert "<h3>grpo over sft</h3>" in text
     assert "<h3>sft over grpo</h3>" in text
     assert outline(text).open == []
+
+
+def test_a_partner_is_named_by_its_model_even_where_a_system_has_that_model():
+    episode, rating = next(
+        (e, p.ratings[e.id]) for p in panel()["openai/judge"] for e in p.episodes if e.id in p.ratings
+    )
+    seat = episode.match.seat
+    partner = episode.agents[1 - seat].model
+    view = episode_view(episode, rating, (), {partner: "other", episode.agents[seat].model: "own"})
+    assert (view.agents[seat], view.agents[1 - seat]) == ("own", partner)
 
 
 def test_scenario_rows_average_to_the_difference():

@@ -12,6 +12,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from sotopia_rl.commands.flags import Flags, resolve, unchecked
 from sotopia_rl.commands.options import Drawn, Speaking, finish, named_manifest
+from sotopia_rl.commands.publish import publish
 from sotopia_rl.config import Config, parse_config, read_yaml
 from sotopia_rl.console import bars, err, out
 from sotopia_rl.errors import ConfigError, EvaluationError
@@ -22,7 +23,6 @@ from sotopia_rl.simulate import SimulateConfig
 
 if TYPE_CHECKING:  # scipy takes a second, which `--help` does not need
     from sotopia_rl.llm.open import ModelPool
-    from sotopia_rl.results import EvaluateConfig
     from sotopia_rl.stages import Tally, Watch
 
 SECTIONS: dict[type[Config], str] = {JudgeConfig: "judging"}
@@ -336,40 +336,6 @@ def verify(bundle: ExistingFile, /) -> None:
 
 MAX_PROBLEMS = 20
 """Shown of what differs."""
-
-
-def publish(
-    runs: list[Path],
-    output: Path,
-    *,
-    config: EvaluateConfig | None = None,
-    baseline: str | None = None,
-    published: bool = False,
-) -> None:
-    """Compute the results of run folders, write them with their report, and show the table."""
-    from sotopia_rl.evaluate.contrast import contrasts_of_each
-    from sotopia_rl.evaluate.folder import load_evaluation
-    from sotopia_rl.report import ReportInput, results_table, write_report
-    from sotopia_rl.report.wording import answers, comparisons, headline_metric, headline_pair
-
-    found = load_evaluation(runs)
-    results = found.results(config=config, baseline=baseline)
-    pairs = sorted(comparisons(results), key=lambda pair: pair != headline_pair(results))
-    page = ReportInput(
-        results=results,
-        title=found.manifest.name,
-        contrasts=contrasts_of_each(found.panel, results, pairs, headline_metric(results)),
-        provenance=found.provenance(),
-        published=published,
-    )
-    write_report(page, output)
-    out.print(results_table(results))
-    for sentence in answers(results):
-        out.print(sentence, markup=False, soft_wrap=True)
-    out.print(f"results {output / 'results.json'}\nreport  {output / 'report.html'}")
-    if results.unpaired:
-        lacking = {f"{u.system_a} - {u.system_b}": None for u in results.unpaired}
-        raise EvaluationError(f"no scored pair for {', '.join(lacking)}; the rest was compared and written")
 
 
 def named_systems(texts: list[str], *, at_least: int = 2) -> dict[str, str]:

@@ -112,7 +112,7 @@ class EpisodeView:
     rating: Rating
     turns: Sequence[TurnView]
     agents: tuple[str, str]
-    """By seat: the system's name where the model is one of the systems, else the model string."""
+    """By seat: the name of the system under test, the partner's model string."""
     scenario: str
     goals: tuple[str, str]
 
@@ -199,8 +199,10 @@ def episode_view(
     by_turn = {reward.turn: reward for reward in rewards if reward.episode_id == episode.id}
     names = [character.name for character in episode.match.characters]
     turns = [TurnView(turn, names[turn.seat], by_turn.get(turn.index)) for turn in episode.turns]
-    first, second = (systems.get(agent.model, agent.model) for agent in episode.agents)
     match = episode.match
+    models = [agent.model for agent in episode.agents]
+    models[match.seat] = systems.get(models[match.seat], models[match.seat])
+    first, second = models
     goals = (goal_text(match, 0), goal_text(match, 1))
     return EpisodeView(episode, rating, turns, (first, second), scenario_text(match), goals)
 
