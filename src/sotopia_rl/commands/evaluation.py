@@ -55,7 +55,8 @@ def play(
     """Play every system over one manifest against the same partners, judge, and compare pair by pair.
 
     Every system is compared with the first one named. The same command again plays and judges only what is missing;
-    systems, partners and judges may be added to a folder.
+    systems, partners and judges may be added to a folder. Failed episodes are counted; the exit code is 1 where a
+    comparison is left without a pair.
 
     Parameters
     ----------
