@@ -24,7 +24,7 @@ from store_samples import episode
 
 GROUPS = {
     "evaluate": ("play", "rejudge", "compare", "matrix", "bundle", "verify"),
-    "episodes": ("list", "show", "export", "import"),
+    "episodes": ("list", "show", "export", "import", "delete"),
     "manifest": ("list", "freeze", "show"),
     "data": ("pull",),
     "serve": ("best-of-n", "vllm"),

@@ -177,6 +177,15 @@ def test_a_bad_row_is_named_with_file_and_line(line, said, tmp_path):
     assert len(bad) == 1
 
 
+def test_blank_lines_are_passed_over_and_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{GOOD_LINE}\n\n{GOOD_LINE}\n\n")
+    assert len(list(read_rows(RewardRow, path))) == 2
+    path.write_text(f"{GOOD_LINE}\n\nnonsense\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: "):
+        list(read_rows(RewardRow, path))
+
+
 def test_a_torn_last_line_is_said_to_be_torn(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD_LINE}\n{GOOD_LINE[:50]}")

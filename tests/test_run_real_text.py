@@ -9,25 +9,28 @@ import pytest
 
 from real_vllm import needs_smollm2
 from sotopia_data import FOLDER, needs_sotopia_data
+from sotopia_rl.dimensions import SOTOPIA_DIMENSIONS
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sotopia-smoke.yaml"
-SHORTER = f"""
-extends: {RECIPE}
-name: shorter
-world: {{train_matches: 2}}
-simulate: {{max_turns: 2}}
-judge: {{max_reason_chars: 10, max_tokens: 500}}
-sft: {{max_steps: 1}}
-rm: {{max_steps: 1}}
-"""
+ATTRIBUTED = ("goal", "relationship", "knowledge")
 
 
 @pytest.mark.slow
 @needs_smollm2
 @needs_sotopia_data
 def test_published_profiles_go_through_every_stage_with_a_real_model(tmp_path: Path) -> None:
+    few = tmp_path / "few.yaml"
+    few.write_text(json.dumps({"dimensions": [d.model_dump() for d in SOTOPIA_DIMENSIONS if d.name in ATTRIBUTED]}))
+    shorter = {
+        "extends": str(RECIPE),
+        "world": {"train_matches": 2},
+        "simulate": {"max_turns": 2},
+        "judge": {"dimensions": str(few), "max_reason_chars": 10, "max_tokens": 300},
+        "sft": {"max_steps": 1},
+        "rm": {"max_steps": 1},
+    }
     recipe, output = tmp_path / "shorter.yaml", tmp_path / "run"
-    recipe.write_text(SHORTER)
+    recipe.write_text(json.dumps(shorter))
     command = [sys.executable, "-m", "sotopia_rl.cli", "run", str(recipe)]
     done = subprocess.run(
         [*command, "--profiles", str(FOLDER), "--output", str(output)], check=False, capture_output=True, text=True

@@ -8,6 +8,7 @@ of a conversation are not independent.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise DataError(f"{path}:1: the header lacks {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
@@ -129,7 +130,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any] | 
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         where = f"{path}:{number}"
         try:
             row = json.loads(line)

@@ -164,7 +164,7 @@ def write_provenance(folder: Path, **known: str | None) -> None:
 def read_rows(
     cls: type[Row], path: Path, *, on_bad: Literal["raise", "skip"] = "raise", bad: list[str] | None = None
 ) -> Iterator[Row]:
-    """Rows of a JSON-lines file, one at a time.
+    """Rows of a JSON-lines file, one at a time; blank lines are passed over.
 
     Args:
         cls: What the rows must be. Fields of a richer row (a `RewardRow` read as an `SFTRow`) are dropped.
@@ -178,6 +178,8 @@ def read_rows(
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 try:
                     row = _row(cls, line, f"{path}:{number}")
                 except DataError as error:

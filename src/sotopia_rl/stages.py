@@ -340,7 +340,9 @@ def read_rewards(path: Path) -> dict[str, list[UtteranceReward]]:
         DataError: The file is missing, or a line of it is no reward.
     """
     rewards: dict[str, list[UtteranceReward]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             reward = UtteranceReward.model_validate_json(line)
         except ValidationError as error:
