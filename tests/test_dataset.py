@@ -153,7 +153,7 @@ GOOD_LINE = next(reward_rows(EPISODE, [reward_of(EPISODE, 0)])).model_dump_json(
     ("line", "said"),
     [
         (GOOD_LINE[:-20], "not JSON"),
-        ("", "not JSON"),
+        ("nonsense", "not JSON"),
         ("[]", "expected a JSON object, found list"),
         ('{"prompt": []}', "rows.jsonl:2: field prompt"),
         (GOOD_LINE.replace('"value":5.0', '"value":NaN'), "field value: Input should be a finite number"),
