@@ -198,7 +198,7 @@ class _Loaded:
     @classmethod
     def load(cls, path: Path, limits: ModelLimits) -> Self:
         device = limits.device if limits.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        check_model_folder(path)
+        check_model_folder(path, kind="local/")
         # bfloat16 is many times slower than float32 on a CPU
         dtype: Any = torch.float32 if device == "cpu" else "auto"
         try:
