@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from sotopia_rl.episode import Sampling, Usage
-from sotopia_rl.errors import ConfigError, MissingExtraError, ModelCallError
+from sotopia_rl.errors import ConfigError, ContextLengthError, MissingExtraError, ModelCallError
 from sotopia_rl.llm.constraint import SchemaCompiler
 from sotopia_rl.llm.decode import Row, decode
 from sotopia_rl.llm.folders import check_adapter, check_model_folder, quiet_loading, template_of
@@ -261,7 +261,7 @@ class _Loaded:
         )
         room = self.context - len(prompt)
         if room <= 0:
-            return ModelCallError(
+            return ContextLengthError(
                 f"{request.model}: the prompt has {len(prompt)} tokens, the model's context is {self.context}",
                 model=request.model,
                 kind="model",
