@@ -17,7 +17,7 @@ from sotopia_rl.models import Message
 from sotopia_rl.serve.best_of_n import BestOfNSettings
 from sotopia_rl.serve.reward_model import load_reward_model
 from sotopia_rl.serve.run import open_reward_model
-from sotopia_rl.serve.scoring import Batcher, PoolingServer, TooLongError
+from sotopia_rl.serve.scoring import Batcher, ChatEncoder, PoolingServer, TooLongError
 from sotopia_rl.train.adapters import RewardScorer, load_policy
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.data import completion_token_ids, prompt_token_ids, reply_text
@@ -175,6 +175,30 @@ def test_requests_are_encoded_together_as_each_alone(loaded, some_rows):
     requests.append((some_rows[0].prompt, ["another"]))
     assert loaded.encode(requests) == [pairs for request in requests for pairs in loaded.encode([request])]
     assert [len(pairs) for pairs in loaded.encode(requests)] == [0, 1, 2, 3, 1]
+
+
+class Counting:
+    """A tokenizer that counts the prompts it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id, self.prompts = tokenizer, tokenizer.eos_token_id, 0
+
+    def __call__(self, texts, **options):
+        return self.tokenizer(texts, **options)
+
+    def apply_chat_template(self, chats, **options):
+        self.prompts += len(chats)
+        return self.tokenizer.apply_chat_template(chats, **options)
+
+
+def test_a_prompt_that_comes_before_its_replies_is_tokenised_once_and_forgotten_after_them(base):
+    encode = ChatEncoder(counting := Counting(load_tokenizer(base)), max_length=100)
+    first = encode([(PROMPT, ["a"])])
+    assert encode([(PROMPT, [])]) == [[]]
+    assert encode([(PROMPT, ["a"])]) == first
+    assert counting.prompts == 2
+    assert encode([(PROMPT, ["a"]), (PROMPT, ["b"])])[:1] == first
+    assert counting.prompts == 3
 
 
 def test_what_is_too_long_is_said_with_numbers(reward_adapter):

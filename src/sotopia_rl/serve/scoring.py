@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, Self
 
@@ -27,6 +27,9 @@ Asked = tuple[Sequence[Message], Sequence[str]]
 """A prompt and replies to it."""
 Encoded = tuple[Ids, Ids]
 """A prompt's token ids and a reply's; replies to one prompt have equal prompts."""
+
+
+_MAX_READ = 1024
 
 
 class TooLongError(ServingError):
@@ -52,7 +55,7 @@ class RewardModel(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatEncoder:
     """Token ids as in training: the chat template's up to the reply, the reply's, one end token.
 
@@ -61,17 +64,34 @@ class ChatEncoder:
 
     tokenizer: Tokenizer
     max_length: int
+    _read: dict[tuple[Message, ...], Ids] = field(default_factory=dict, init=False)
+    """Ids of prompts that came without replies: these follow, once the policy has given them."""
 
     def __call__(self, requests: Sequence[Asked]) -> list[list[Encoded]]:
-        """All texts are tokenised together, which takes less than half the time, and equal prompts once."""
+        """All texts are tokenised together, which takes less time than one by one, and equal prompts once."""
         prompts = self._prompts(list(dict.fromkeys(tuple(prompt) for prompt, _ in requests)))
         replies = iter(completions_token_ids(self.tokenizer, [text for _, texts in requests for text in texts]))
-        return [self._fitting(prompts[tuple(prompt)], list(islice(replies, len(texts)))) for prompt, texts in requests]
+        encoded = [
+            self._fitting(prompts[tuple(prompt)], list(islice(replies, len(texts)))) for prompt, texts in requests
+        ]
+        for prompt, texts in requests:
+            if not texts:
+                self._keep(tuple(prompt), prompts[tuple(prompt)])
+        return encoded
 
     def _prompts(self, prompts: Sequence[tuple[Message, ...]]) -> dict[tuple[Message, ...], Ids]:
-        chats = [[message.model_dump() for message in prompt] for prompt in prompts]
-        encoded = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return dict(zip(prompts, map(tuple, encoded["input_ids"]), strict=True))
+        found = {prompt: self._read.pop(prompt) for prompt in prompts if prompt in self._read}
+        if new := [prompt for prompt in prompts if prompt not in found]:
+            chats = [[message.model_dump() for message in prompt] for prompt in new]
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            encoded = self.tokenizer.apply_chat_template(chats, **options)
+            found.update(zip(new, map(tuple, encoded["input_ids"]), strict=True))
+        return found
+
+    def _keep(self, prompt: tuple[Message, ...], ids: Ids) -> None:
+        self._read[prompt] = ids
+        if len(self._read) > _MAX_READ:  # the policy gave nothing
+            del self._read[next(iter(self._read))]
 
     def _fitting(self, prompt: Ids, replies: Sequence[list[int]]) -> list[Encoded]:
         shortest_reply = 2  # a token and the end
