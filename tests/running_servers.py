@@ -18,7 +18,7 @@ import uvicorn
 from sotopia_rl.serve.app import build_app
 from sotopia_rl.serve.best_of_n import BestOfN, BestOfNSettings, Policy
 from sotopia_rl.serve.guard import Metrics
-from sotopia_rl.serve.scoring import Batcher
+from sotopia_rl.serve.scoring import Batcher, TooLongError
 from sotopia_rl.serve.vllm import free_port
 
 
@@ -27,10 +27,16 @@ class ByLength:
 
     outputs = ("value",)
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_length: int = 10**9) -> None:
+        self.max_length = max_length
         self.batches: list[int] = []
 
-    def encode(self, prompt, replies):
+    def encode(self, requests):
+        return [self.encode_one(*request) for request in requests]
+
+    def encode_one(self, prompt, replies):
+        if (longest := len(prompt[-1].content) + max(map(len, replies), default=1)) > self.max_length:
+            raise TooLongError(f"{longest} of {self.max_length}")
         return [((), tuple(map(ord, reply))) for reply in replies]
 
     def score(self, pairs):
@@ -54,7 +60,7 @@ class BestOfNServer:
 
     def __enter__(self) -> Self:
         ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)))
+        self._thread = threading.Thread(target=self._run, args=(ready,))
         self._thread.start()
         assert ready.wait(20)
         return self
@@ -62,6 +68,10 @@ class BestOfNServer:
     def __exit__(self, *exc: object) -> None:
         self._server.should_exit = True
         self._thread.join()
+
+    def _run(self, ready: threading.Event) -> None:
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:  # uvloop, as in earnest
+            runner.run(self._serve(ready))
 
     async def _serve(self, ready: threading.Event) -> None:
         metrics, settings = Metrics(), self.settings
@@ -83,8 +93,7 @@ class BestOfNServer:
         await self._server._serve()  # without the signal handlers, which a thread cannot have
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.request("POST", path, raw, {"Content-Type": "application/json"} | headers)
+        return post(self.url, path, body, **headers)
 
     def send_and_leave(self, path: str, body: Any, when: Callable[[], bool]) -> None:
         """Ask, and close the connection without waiting for the answer."""
@@ -98,12 +107,22 @@ class BestOfNServer:
         return self.request("GET", path, None, headers)
 
     def request(self, method: str, path: str, raw: bytes | None, headers: dict[str, str]) -> tuple[int, Any, dict]:
-        connection = http.client.HTTPConnection(str(urlsplit(self.url).netloc), timeout=30)
-        try:
-            connection.request(method, path, raw, headers)
-            response = connection.getresponse()
-            text = response.read().decode()
-        finally:
-            connection.close()
-        kind = response.getheader("Content-Type", "")
-        return response.status, json.loads(text) if kind == "application/json" else text, dict(response.getheaders())
+        return request(self.url, method, path, raw, headers)
+
+
+def post(url: str, path: str, body: Any, **headers: str) -> tuple[int, Any, dict[str, str]]:
+    """Status, body and headers of what the server at `url` answers."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return request(url, "POST", path, raw, {"Content-Type": "application/json"} | headers)
+
+
+def request(url: str, method: str, path: str, raw: bytes | None, headers: dict[str, str]) -> tuple[int, Any, dict]:
+    connection = http.client.HTTPConnection(str(urlsplit(url).netloc), timeout=30)
+    try:
+        connection.request(method, path, raw, headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+    finally:
+        connection.close()
+    kind = response.getheader("Content-Type", "")
+    return response.status, json.loads(text) if kind == "application/json" else text, dict(response.getheaders())

@@ -2,15 +2,20 @@
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faulty_server import FAULTS, Answer, FaultyServer, choices, error, reply
-from running_servers import BestOfNServer, ByLength
+from running_servers import BestOfNServer, ByLength, post
 from sotopia_rl import sandbox
 from sotopia_rl.episode import Action, AgentSpec
 from sotopia_rl.errors import ConfigError, ServingError
@@ -20,6 +25,7 @@ from sotopia_rl.serve.best_of_n import BestOfN, BestOfNSettings, Policy, candida
 from sotopia_rl.serve.scoring import Batcher, TooLongError
 from sotopia_rl.serve.vllm import free_port
 from sotopia_rl.simulate import Pairing, SimulateConfig, play, simulate
+from tiny_llm import save_model, save_reward_adapter
 
 ASK = {"model": "best-of-n", "messages": [{"role": "user", "content": "Hello?"}]}
 CHAT = "/v1/chat/completions"
@@ -110,6 +116,55 @@ def test_without_a_valid_reply_the_answer_is_an_error_that_says_what_was_wrong(j
     assert body["error"]["code"] == "no_valid_candidate"
     assert "none of the policy's 3 replies is valid; 3 times: " in body["error"]["message"]
     assert "choices" not in body
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (("Hello!", "", "", "Hello!"), ["2 times: the reply holds no JSON object", "2 times: it is empty"]),
+        (("Hello!", "Good day", "Hello!", ""), ["3 times: the reply holds no JSON object", "once: it is empty"]),
+        (("Hello!", "", "[1]", '{"action_type": "x"}', '{"argument": 1}', ""), ["2 times: it is empty", "once: "]),
+    ],
+)
+def test_the_counts_of_what_was_wrong_add_up(script, told):
+    message = ask(*script)[1]["error"]["message"]
+    assert message.startswith(f"none of the policy's {len(script)} replies is valid; ")
+    assert [words for words in told if words not in message] == [], message
+    counts = [1 if words == "once" else int(words.split()[0]) for words in re.findall(r"; (once|\d+ times): ", message)]
+    assert sum(counts) == len(script)
+
+
+def test_a_prompt_that_is_too_long_for_the_reward_model_is_a_400_and_the_policy_is_not_asked():
+    long = ASK | {"messages": [{"role": "user", "content": "x" * 100}]}
+    with policy_of(speak("a")) as policy, served(policy, ByLength(max_length=90), candidates=2) as server:
+        status, body, _ = server.post(CHAT, long)
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+        assert policy.bodies == []
+        assert server.post(CHAT, ASK)[0] == 200
+
+
+VLLM_TOO_LONG = (
+    "This model's maximum context length is 512 tokens. However, your prompt contains at least 513 input tokens, which "
+    "exceeds this limit even without any output tokens. Please reduce the length of the input prompt."
+)
+VLLM_MAX_TOKENS = "max_tokens=600 cannot be greater than max_model_len=max_total_tokens=512. Please request fewer"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"message": VLLM_TOO_LONG, "type": "BadRequestError", "param": "input_tokens", "code": 400},
+        {"message": VLLM_MAX_TOKENS, "type": "BadRequestError", "param": "max_tokens", "code": 400},
+        {"message": "Your input is too long.", "type": "invalid_request_error", "code": "context_length_exceeded"},
+    ],
+)
+def test_a_prompt_that_is_too_long_for_the_policy_is_a_400_with_its_words(refusal):
+    answer = Answer(400, json.dumps({"error": refusal}).encode())
+    status, body, calls = shared(answer, candidates=2, policy_retries=2)
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    assert refusal["message"][:80] in body["error"]["message"]
+    assert "--no-share-prompt" not in body["error"]["message"]
+    assert len(calls) == 1
 
 
 def test_a_reply_that_was_cut_off_is_never_chosen():
@@ -593,3 +648,24 @@ def test_without_a_shared_prompt_each_candidate_is_a_call_with_a_seed_of_its_own
     _, _, calls = shared(speak("a"), candidates=3, request=DETAILS, share_prompt=False)
     assert sorted(call["seed"] for call in calls) == sorted(candidate_seed(5, i) for i in range(3))
     assert not any("n" in call for call in calls)
+
+
+@pytest.mark.slow
+def test_the_command_serves_on_uvloop_and_finishes_what_is_under_way_when_it_is_terminated(tmp_path):
+    base = save_model(tmp_path / "base")
+    adapter = save_reward_adapter(base, tmp_path / "rm", seed=1)
+    with policy_of(reply(speak("a"), seconds=1)) as policy:
+        command = [sys.executable, "-m", "sotopia_rl.cli", "serve", "best-of-n", "--policy", f"custom/p@{policy.url}"]
+        command += ["--reward-model", str(adapter), "-n", "1", "--port", "0"]
+        quiet = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=quiet, text=True) as process:
+            url = process.stdout.readline().strip().partition("@")[2]
+            assert {"uvloop", "httptools"} <= set(re.split(r"\W", Path(f"/proc/{process.pid}/maps").read_text()))
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(post(url, CHAT, ASK)))
+            thread.start()
+            wait_until(lambda: policy.bodies)
+            process.terminate()
+            thread.join()
+    ((status, body, _),) = answers
+    assert (status, text_of(body)) == (200, speak("a"))

@@ -17,7 +17,7 @@ from sotopia_rl.models import Message
 from sotopia_rl.serve.best_of_n import BestOfNSettings
 from sotopia_rl.serve.reward_model import load_reward_model
 from sotopia_rl.serve.run import open_reward_model
-from sotopia_rl.serve.scoring import Batcher, PoolingServer, TooLongError
+from sotopia_rl.serve.scoring import Batcher, ChatEncoder, PoolingServer, TooLongError
 from sotopia_rl.train.adapters import RewardScorer, load_policy
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.data import completion_token_ids, prompt_token_ids, reply_text
@@ -35,10 +35,10 @@ class Slow(ByLength):
         super().__init__()
         self.started, self.go_on = threading.Event(), threading.Event()
 
-    def encode(self, prompt, replies):
+    def encode_one(self, prompt, replies):
         if "poison" in replies:
             raise TooLongError("poison")
-        return super().encode(prompt, replies)
+        return super().encode_one(prompt, replies)
 
     def score(self, pairs):
         self.started.set()
@@ -134,7 +134,7 @@ def some_rows():
 
 
 def encoded(model, rows):
-    return [pair for row in rows for pair in model.encode(row.prompt, [reply_text(row)])]
+    return [pair for (pair,) in model.encode([(row.prompt, [reply_text(row)]) for row in rows])]
 
 
 def test_a_reward_model_reads_prompts_in_the_chat_template_it_was_trained_with(reward_adapter, tmp_path, some_rows):
@@ -162,17 +162,52 @@ def test_a_loaded_reward_model_scores_as_the_one_that_grpo_uses(base, reward_ada
 
 def test_a_batch_changes_no_score(loaded, some_rows, reward_adapter):
     """Replies of several lengths to prompts of several lengths, some sharing one; whole, in parts and alone."""
-    pairs = encoded(loaded, some_rows) + loaded.encode(some_rows[3].prompt, ["", "a", "b" * 70, "c" * 300])
+    (several,) = loaded.encode([(some_rows[3].prompt, ["", "a", "b" * 70, "c" * 300])])
+    pairs = encoded(loaded, some_rows) + several
     alone = torch.tensor([loaded.score([pair])[0] for pair in pairs])
     narrow = load_reward_model(reward_adapter, max_batch_tokens=3000)
     assert torch.allclose(torch.tensor(loaded.score(pairs)), alone, atol=1e-5)
     assert torch.allclose(torch.tensor(narrow.score(pairs)), alone, atol=1e-5)
 
 
+def test_requests_are_encoded_together_as_each_alone(loaded, some_rows):
+    requests = [(row.prompt, ["", reply_text(row), "b" * 7][:count]) for count, row in enumerate(some_rows[:4])]
+    requests.append((some_rows[0].prompt, ["another"]))
+    assert loaded.encode(requests) == [pairs for request in requests for pairs in loaded.encode([request])]
+    assert [len(pairs) for pairs in loaded.encode(requests)] == [0, 1, 2, 3, 1]
+
+
+class Counting:
+    """A tokenizer that counts the prompts it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id, self.prompts = tokenizer, tokenizer.eos_token_id, 0
+
+    def __call__(self, texts, **options):
+        return self.tokenizer(texts, **options)
+
+    def apply_chat_template(self, chats, **options):
+        self.prompts += len(chats)
+        return self.tokenizer.apply_chat_template(chats, **options)
+
+
+def test_a_prompt_that_comes_before_its_replies_is_tokenised_once_and_forgotten_after_them(base):
+    encode = ChatEncoder(counting := Counting(load_tokenizer(base)), max_length=100)
+    first = encode([(PROMPT, ["a"])])
+    assert encode([(PROMPT, [])]) == [[]]
+    assert encode([(PROMPT, ["a"])]) == first
+    assert counting.prompts == 2
+    assert encode([(PROMPT, ["a"]), (PROMPT, ["b"])])[:1] == first
+    assert counting.prompts == 3
+
+
 def test_what_is_too_long_is_said_with_numbers(reward_adapter):
     model = load_reward_model(reward_adapter, max_length=40)
-    with pytest.raises(TooLongError, match=r"prompt and reply have \d+ tokens, .* takes 40"):
-        model.encode(PROMPT, ["word " * 40])
+    with pytest.raises(TooLongError, match=r"prompt and reply have \d\d\d tokens, .* takes 40"):
+        model.encode([(PROMPT, ["word " * 40])])
+    long = [Message(role="user", content="word " * 40)]
+    with pytest.raises(TooLongError, match=r"prompt and reply have at least \d\d\d tokens, .* takes 40"):
+        model.encode([(PROMPT, ["ok"]), (long, [])])
 
 
 def test_a_whole_classifier_scores_as_the_adapter_it_was_made_of(loaded, some_rows, tmp_path):

@@ -7,7 +7,9 @@ import os
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from sotopia_rl.llm import smollm2
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import open_model
 from sotopia_rl.models import Message
-from sotopia_rl.serve.vllm import VLLMServer, check_vllm, free_port, load_adapter, unload_adapter
+from sotopia_rl.serve.vllm import VLLMServer, check_vllm, free_port, last_errors, load_adapter, unload_adapter
 from sotopia_rl.serve.vllm_command import VLLMSettings, adapter_rank, reward_outputs, vllm_command
 from tiny_llm import save_adapter, save_model, save_reward_adapter
 
@@ -122,6 +124,13 @@ def test_what_vllm_would_refuse_after_minutes_is_refused_at_once(folders, adapte
         )
 
 
+def test_a_base_that_is_none_is_named_as_it_was_given(folders, tmp_path):
+    wrong = {tmp_path: "not a model folder", tmp_path / "no": "no such folder", folders / "sft": "its base is"}
+    for base, words in wrong.items():
+        with pytest.raises(ConfigError, match=f"^{base}: .*{words}"):
+            vllm_command(base, {}, VLLMSettings())
+
+
 def test_a_rank_above_the_limit_is_refused_with_both_numbers(folders, tmp_path):
     config = json.loads((folders / "sft" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 16, "rank_pattern": {"q_proj": 64}}))
@@ -167,6 +176,10 @@ def test_adapters_come_and_go_while_it_runs(folders, stand_in):
     with VLLMServer(folders / "base", {"sft": folders / "sft"}, ANY_PORT) as server:
         server.load_adapter("grpo", folders / "grpo")
         assert known(server)["grpo"] == str(folders / "grpo")
+        server.load_adapter("text", str(folders / "grpo"))
+        load_adapter(server.url, "text", str(folders / "sft"))
+        assert known(server)["text"] == str(folders / "sft")
+        server.unload_adapter("text")
         server.unload_adapter("grpo")
         with pytest.raises(ServingError, match="HTTP 404: The lora adapter cannot be found"):
             unload_adapter(server.url, "grpo")
@@ -194,6 +207,104 @@ def test_a_death_while_starting_is_told_with_the_server_s_last_lines(folders, st
         pass
     assert "ValueError: not enough memory for the cache" in str(caught.value)
     server.log.unlink()
+
+
+CAUSE = "RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 kv_cache_idx=0"
+WORKER, CORE, API = (f"({name} pid=3{i}) " for i, name in enumerate(("Worker", "EngineCore", "APIServer")))
+DIED_OF_ITS_FIRST_REQUEST = f"""
+{API}WARNING 11-23 07:53:31 [system_utils.py:255] This can cause fd limit errors like `OSError: [Errno 24] Too many`
+{WORKER}ERROR 11-23 07:56:33 [multiproc_executor.py:1063] Traceback (most recent call last):
+{WORKER}ERROR 11-23 07:56:33 [multiproc_executor.py:1063]     return self._op(*args, **kwargs)
+{WORKER}ERROR 11-23 07:56:33 [multiproc_executor.py:1063] {CAUSE}
+{WORKER}ERROR 11-23 07:56:33 [multiproc_executor.py:1063] Traceback (most recent call last):
+{WORKER}ERROR 11-23 07:56:33 [multiproc_executor.py:1063] {CAUSE}
+{CORE}ERROR 11-23 07:56:33 [core.py:1512]     raise RuntimeError(
+{CORE}ERROR 11-23 07:56:33 [core.py:1512] RuntimeError: Worker failed with error
+{API}ERROR 11-23 07:56:33 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.
+INFO:     127.0.0.1:44010 - "POST /v1/chat/completions HTTP/1.1" 500 Internal Server Error
+nanobind: leaked 514 functions!
+ - leaked function "get_int1"
+ - ... skipped remainder
+nanobind: this is likely caused by a reference counting issue in the binding code.
+See https://nanobind.readthedocs.io/en/latest/refleaks.html
+/lib/multiprocessing/resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore
+  warnings.warn('resource_tracker: There appear to be %d '
+"""
+REFUSED_ITS_OPTIONS = f"""
+{API}pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+{API}  Value error, The checkpoint you are trying to load has model type `qwen9` [type=value_error]
+{API}    For further information visit https://errors.pydantic.dev/2.14/v/value_error
+{API}    and so on
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (
+            DIED_OF_ITS_FIRST_REQUEST,
+            [
+                CAUSE,
+                "RuntimeError: Worker failed with error",
+                "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
+            ],
+        ),
+        (REFUSED_ITS_OPTIONS, [line.removeprefix(API) for line in REFUSED_ITS_OPTIONS.strip().split("\n")[:3]]),
+        ("api_server.py: error: unrecognized arguments: --foo\n", []),
+    ],
+)
+def test_the_errors_of_a_log_are_found_between_tracebacks_and_noise(log, told):
+    assert last_errors(log.split("\n")) == told
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ("0", f"its last errors:\n  {CAUSE}\n"),
+        ("-9", "the end of it:\n  loading weights\n"),
+    ],
+)
+def test_a_death_is_told_with_its_cause_and_without_noise(folders, stand_in, monkeypatch, status, told):
+    stand_in("dies")
+    monkeypatch.setenv("STAND_IN_LOG", DIED_OF_ITS_FIRST_REQUEST)
+    monkeypatch.setenv("STAND_IN_STATUS", status)
+    server = VLLMServer(folders / "base", {}, ANY_PORT)
+    with pytest.raises(ServingError, match="died while starting") as caught, server:
+        pass
+    assert f"(exit code {status})" in str(caught.value)
+    assert told in str(caught.value)
+    assert not any(noise in str(caught.value) for noise in ("nanobind", "leaked", "resource_tracker"))
+    server.log.unlink()
+
+
+OWNER = """
+import sys, time
+from sotopia_rl.serve.vllm import VLLMServer
+from sotopia_rl.serve.vllm_command import VLLMSettings
+server = VLLMServer(sys.argv[1], settings=VLLMSettings(port=0)).__enter__()
+print(server.url, flush=True)
+time.sleep(60)
+"""
+
+
+def test_vllm_does_not_survive_the_sudden_end_of_the_process_that_started_it(folders, stand_in, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], *sys.path]))
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(folders / "base")], stdout=subprocess.PIPE, text=True)
+    port = int(owner.stdout.readline().split(":")[2].removesuffix("/v1\n"))
+    with pytest.raises(ServingError, match="cannot be listened on"):
+        free_port("127.0.0.1", port)
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 20
+    while not is_free(port):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_free(port):
+    with contextlib.suppress(ServingError):
+        return bool(free_port("127.0.0.1", port))
 
 
 def test_a_server_that_never_answers_is_ended(folders, stand_in, tmp_path):

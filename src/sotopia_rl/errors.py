@@ -7,6 +7,7 @@ SotopiaRLError
 │   └── DamagedRecordError one record in it cannot be read; the others can
 ├── ModelCallError         a model gave no reply: timeout, refusal, connection, HTTP status
 │   ├── ReplyError         it replied, but the reply is unusable after every attempt
+│   ├── ContextLengthError the prompt, or what is asked for on top of it, is too long for the model
 │   ├── BudgetError        the run's spend cap is reached; no further call is made
 │   └── EndpointDownError  the endpoint answers nothing or refuses all; no further call is made
 ├── TrainingError          a training stage cannot start or must stop
@@ -95,6 +96,10 @@ class ReplyError(ModelCallError):
     def __init__(self, message: str, *, model: str, replies: tuple[str, ...] = ()) -> None:
         super().__init__(message, model=model, kind="bad_reply")
         self.replies = replies
+
+
+class ContextLengthError(ModelCallError):
+    """The prompt, or the reply that is asked for on top of it, has no room in the model's context."""
 
 
 class BudgetError(ModelCallError):

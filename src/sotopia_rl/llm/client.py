@@ -22,7 +22,7 @@ import aiohttp
 from pydantic_core import to_json
 
 from sotopia_rl.episode import Sampling, Usage
-from sotopia_rl.errors import EndpointDownError, FailureKind, ModelCallError
+from sotopia_rl.errors import ContextLengthError, EndpointDownError, FailureKind, ModelCallError
 from sotopia_rl.llm.endpoint import Endpoint, Health
 from sotopia_rl.llm.limits import Budget, Tally
 from sotopia_rl.llm.prices import Price
@@ -114,6 +114,7 @@ class HttpModel:
         Raises:
             EndpointDownError: The endpoint has been found down; the run should stop.
             BudgetError: The spend cap leaves no room for the call.
+            ContextLengthError: The server says that it is too long for the model.
             ModelCallError: No reply after every attempt.
         """
         (reply,) = await self.complete_many(messages, sampling, 1, seed=seed, schema=schema)
@@ -176,6 +177,8 @@ class HttpModel:
     def _error(self, trouble: _Trouble, attempts: int, n: int) -> ModelCallError:
         tries = f" (after {attempts} attempts)" if attempts > 1 else ""
         this_request = trouble.kind == "http_4xx" and not (trouble.again or trouble.hopeless)
+        if this_request and _is_about_length(str(trouble)):
+            return ContextLengthError(f"{self.name}: {trouble}", model=self.name, kind=trouble.kind)
         hint = f"; it was asked for n={n}: if it takes no n, say --no-share-prompt" if n > 1 and this_request else ""
         return ModelCallError(f"{self.name}: {trouble}{tries}{hint}", model=self.name, kind=trouble.kind)
 
@@ -376,6 +379,11 @@ class HttpModel:
 
 def _is_about_schema(text: str) -> bool:
     return any(word in text for word in ("response_format", "json_schema", "schema", "structured output"))
+
+
+def _is_about_length(text: str) -> bool:
+    """OpenAI's code, the words of its message and of vLLM's, and vLLM's for a `max_tokens` above the whole context."""
+    return any(words in text for words in ("context_length_exceeded", "maximum context length", "max_model_len"))
 
 
 def _message_in(data: Any) -> str:

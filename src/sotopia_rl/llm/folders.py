@@ -12,22 +12,29 @@ from typing import Any, Literal
 from sotopia_rl.errors import ConfigError
 
 
-def check_model_folder(path: Path) -> None:
+def check_model_folder(path: Path, *, kind: str = "") -> None:
     """Refuse what cannot be loaded.
+
+    Args:
+        kind: What stands before the folder in the model string that named it, `local/`; empty where none did.
 
     Raises:
         ConfigError: `path` is no folder with a transformers model and its tokenizer.
     """
+    given = f"{kind}{path}"
     if not path.is_dir():
-        raise ConfigError(f"local/{path}: no such folder; give a folder that holds a transformers model")
+        raise ConfigError(f"{given}: no such folder; give a folder that holds a transformers model")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
-        raise ConfigError(f"local/{path}: this is an adapter, not a model; write local/{base}:{path}")
+        hint = f"write {kind}{base}:{path}" if kind else f"its base is {base}"
+        raise ConfigError(f"{given}: this is an adapter, not a model; {hint}")
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{given}: not a model folder (no config.json in it)")
     _read_json(path / "config.json")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise ConfigError(f"local/{path}: not a model folder (no weights, *.safetensors, in it)")
+        raise ConfigError(f"{given}: not a model folder (no weights, *.safetensors, in it)")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(f"local/{path}: not a model folder (no tokenizer, tokenizer.json, in it)")
+        raise ConfigError(f"{given}: not a model folder (no tokenizer, tokenizer.json, in it)")
 
 
 def template_of(adapter: Path) -> Path | None:
@@ -82,8 +89,6 @@ def _fingerprint(folder: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"local/{path.parent}: not a model folder (no {path.name} in it)") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from sotopia_rl.episode import Sampling, Usage
-from sotopia_rl.errors import ConfigError, MissingExtraError, ModelCallError
+from sotopia_rl.errors import ConfigError, ContextLengthError, MissingExtraError, ModelCallError
 from sotopia_rl.llm.constraint import SchemaCompiler
 from sotopia_rl.llm.decode import Row, decode
 from sotopia_rl.llm.folders import check_adapter, check_model_folder, quiet_loading, template_of
@@ -198,7 +198,7 @@ class _Loaded:
     @classmethod
     def load(cls, path: Path, limits: ModelLimits) -> Self:
         device = limits.device if limits.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        check_model_folder(path)
+        check_model_folder(path, kind="local/")
         # bfloat16 is many times slower than float32 on a CPU
         dtype: Any = torch.float32 if device == "cpu" else "auto"
         try:
@@ -261,7 +261,7 @@ class _Loaded:
         )
         room = self.context - len(prompt)
         if room <= 0:
-            return ModelCallError(
+            return ContextLengthError(
                 f"{request.model}: the prompt has {len(prompt)} tokens, the model's context is {self.context}",
                 model=request.model,
                 kind="model",

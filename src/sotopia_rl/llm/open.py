@@ -204,7 +204,7 @@ class ModelPool:
 
     def _local(self, name: str, parsed: LocalName) -> ChatModel:
         path = resolve_model_folder(parsed.path)
-        check_model_folder(path)
+        check_model_folder(path, kind="local/")
         if parsed.adapter is not None:
             check_adapter(parsed.adapter, path)
         for package in ("torch", "transformers"):

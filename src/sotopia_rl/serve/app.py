@@ -48,7 +48,7 @@ from sotopia_rl.serve.protocol import (
 logger = logging.getLogger(__name__)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request is wrong, or too long for the reward model", "model": ErrorBody},
+    400: {"description": "The request is wrong, or too long for the reward model or the policy", "model": ErrorBody},
     401: {"description": "The API key is missing or wrong", "model": ErrorBody},
     404: {"description": "There is no such model", "model": ErrorBody},
     413: {"description": "The body is too long", "model": ErrorBody},

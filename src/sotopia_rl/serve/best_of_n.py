@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,14 @@ from pydantic import Field
 
 from sotopia_rl.config import Config
 from sotopia_rl.episode import Sampling, Usage
-from sotopia_rl.errors import EndpointDownError, FailureKind, ModelCallError, ServingError, SotopiaRLError
+from sotopia_rl.errors import (
+    ContextLengthError,
+    EndpointDownError,
+    FailureKind,
+    ModelCallError,
+    ServingError,
+    SotopiaRLError,
+)
 from sotopia_rl.llm.extract import UnusableReply
 from sotopia_rl.llm.limits import ModelLimits
 from sotopia_rl.llm.open import ModelPool
@@ -27,6 +35,8 @@ from sotopia_rl.serve.scoring import Batcher, Scores, TooLongError
 from sotopia_rl.simulate import parse_action
 
 T = TypeVar("T")
+
+_PROBLEMS_TOLD = 3
 
 
 class BestOfNSettings(Config):
@@ -228,8 +238,12 @@ class BestOfN:
             n: How many replies the policy is asked for; one where it is greedy, since all would be the same.
 
         Raises:
-            AnswerError: There is no valid candidate, or the policy or the reward model cannot be had.
+            AnswerError: There is no valid candidate, the prompt is too long for the policy or the reward model, or one
+                of them cannot be had.
         """
+        if sum(len(message.content.encode()) for message in messages) >= self.scorer.model.max_length:
+            # it may be too long (a token is a byte at least): found out before the policy works for nothing
+            await self.score(messages, [])
         calls = 1 if sampling.temperature == 0 else n
         replies = await self._ask(messages, sampling, [candidate_seed(seed, i) for i in range(calls)], schema)
         distinct: dict[tuple[str, str | None], int] = {}
@@ -316,6 +330,8 @@ _STATUS: dict[FailureKind, tuple[int, str]] = {
 
 def policy_error(error: BaseException) -> AnswerError:
     """A failed call to the policy as an answer."""
+    if isinstance(error, ContextLengthError):
+        return AnswerError(f"policy: {error}", status=400, code="context_length_exceeded")
     known = _STATUS.get(error.kind) if isinstance(error, ModelCallError) else None
     status, code = known or (502, "policy_refused")
     return AnswerError(f"policy: {error}", status=status, code=code)
@@ -330,8 +346,14 @@ def candidate_seed(seed: int | None, index: int) -> int | None:
 
 
 def _none_valid(distinct: dict[tuple[str, str | None], int]) -> str:
-    problems: dict[str, int] = {}
+    problems: Counter[str] = Counter()
     for (_, problem), count in distinct.items():
-        problems[str(problem)] = problems.get(str(problem), 0) + count
-    most, count = max(problems.items(), key=lambda item: item[1])
-    return f"none of the policy's {sum(problems.values())} replies is valid; {count} times: {most}"
+        problems[str(problem)] += count
+    told = [f"{_times(count)}: {problem}" for problem, count in problems.most_common(_PROBLEMS_TOLD)]
+    if rest := sum(count for _, count in problems.most_common()[_PROBLEMS_TOLD:]):
+        told.append(f"{_times(rest)}: other problems")
+    return f"none of the policy's {problems.total()} replies is valid; {'; '.join(told)}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

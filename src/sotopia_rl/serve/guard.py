@@ -80,11 +80,22 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, status = time.perf_counter(), 499  # what is counted where the client left
+        ended = False
+
+        def count() -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+                self.metrics.requests.labels(endpoint, str(status)).inc()
+                self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)
 
         async def counted(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif _is_last(message):
+                count()  # before the client can know: who has its answer may look at once
             await send(message)
 
         try:
@@ -93,9 +104,7 @@ class Guard:
             status = 500 if status == 499 else status
             raise
         finally:
-            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
-            self.metrics.requests.labels(endpoint, str(status)).inc()
-            self.metrics.seconds.labels(endpoint).observe(time.perf_counter() - start)
+            count()
 
     async def _answer(self, scope: MutableScope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -114,8 +123,8 @@ class Guard:
 
             async def until_the_end(message: MutableMapping[str, Any]) -> None:
                 nonlocal ended
-                if message["type"] == "http.response.body" and not message.get("more_body") and not ended:
-                    ended = True  # before the client can know: who has its answer may ask again at once
+                if _is_last(message) and not ended:
+                    ended = True  # likewise: it may ask again at once
                     self.metrics.under_way -= 1
                 await send(message)
 
@@ -142,6 +151,10 @@ class Guard:
             await _refuse(415, message, "unsupported_media_type")(scope, receive, send)
         else:
             await _while_client_is_there(self.app, scope, body, receive, send)
+
+
+def _is_last(message: MutableMapping[str, Any]) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body")
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:

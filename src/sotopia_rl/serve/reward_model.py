@@ -17,8 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from sotopia_rl.errors import ConfigError, DataError
 from sotopia_rl.llm.folders import quiet_loading, template_of
-from sotopia_rl.models import Message
-from sotopia_rl.serve.scoring import ChatEncoder, Encoded, Scores
+from sotopia_rl.serve.scoring import Asked, ChatEncoder, Encoded, Scores
 from sotopia_rl.serve.vllm_command import reward_outputs
 from sotopia_rl.train.adapters import check_base
 from sotopia_rl.train.config import TrainerSettings
@@ -37,8 +36,12 @@ class LocalRewardModel:
     outputs: tuple[str, ...]
     max_batch_tokens: int
 
-    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
-        return self.encoder(prompt, replies)
+    @property
+    def max_length(self) -> int:
+        return self.encoder.max_length
+
+    def encode(self, requests: Sequence[Asked]) -> list[list[Encoded]]:
+        return self.encoder(requests)
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[Encoded]) -> list[Scores]:

@@ -11,19 +11,25 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, Self
 
 from sotopia_rl.errors import ServingError
 from sotopia_rl.models import Message
 from sotopia_rl.serve.vllm import post_json
-from sotopia_rl.train.data import Tokenizer, completions_token_ids, prompt_token_ids
+from sotopia_rl.train.data import Tokenizer, completions_token_ids
 
 Scores = tuple[float, ...]
 """One number per output of the reward model, 0..1 if it was trained here."""
 Ids = tuple[int, ...]
+Asked = tuple[Sequence[Message], Sequence[str]]
+"""A prompt and replies to it."""
 Encoded = tuple[Ids, Ids]
 """A prompt's token ids and a reply's; replies to one prompt have equal prompts."""
+
+
+_MAX_READ = 1024
 
 
 class TooLongError(ServingError):
@@ -35,8 +41,13 @@ class RewardModel(Protocol):
 
     outputs: tuple[str, ...]
 
-    def encode(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
-        """One pair per reply. Raises `TooLongError`."""
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and a reply together."""
+        ...
+
+    def encode(self, requests: Sequence[Asked]) -> list[list[Encoded]]:
+        """One pair per reply. Raises `TooLongError` where one is too long, or a prompt leaves no room for a reply."""
         ...
 
     def score(self, pairs: Sequence[Encoded]) -> list[Scores]:
@@ -44,7 +55,7 @@ class RewardModel(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChatEncoder:
     """Token ids as in training: the chat template's up to the reply, the reply's, one end token.
 
@@ -53,17 +64,44 @@ class ChatEncoder:
 
     tokenizer: Tokenizer
     max_length: int
+    _read: dict[tuple[Message, ...], Ids] = field(default_factory=dict, init=False)
+    """Ids of prompts that came without replies: these follow, once the policy has given them."""
 
-    def __call__(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Encoded]:
-        before = tuple(prompt_token_ids(self.tokenizer, prompt))
-        pairs = [(before, tuple(ids)) for ids in completions_token_ids(self.tokenizer, replies)]
-        longest = max(len(before) + len(reply) for _, reply in pairs)
+    def __call__(self, requests: Sequence[Asked]) -> list[list[Encoded]]:
+        """All texts are tokenised together, which takes less time than one by one, and equal prompts once."""
+        prompts = self._prompts(list(dict.fromkeys(tuple(prompt) for prompt, _ in requests)))
+        replies = iter(completions_token_ids(self.tokenizer, [text for _, texts in requests for text in texts]))
+        encoded = [
+            self._fitting(prompts[tuple(prompt)], list(islice(replies, len(texts)))) for prompt, texts in requests
+        ]
+        for prompt, texts in requests:
+            if not texts:
+                self._keep(tuple(prompt), prompts[tuple(prompt)])
+        return encoded
+
+    def _prompts(self, prompts: Sequence[tuple[Message, ...]]) -> dict[tuple[Message, ...], Ids]:
+        found = {prompt: self._read.pop(prompt) for prompt in prompts if prompt in self._read}
+        if new := [prompt for prompt in prompts if prompt not in found]:
+            chats = [[message.model_dump() for message in prompt] for prompt in new]
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            encoded = self.tokenizer.apply_chat_template(chats, **options)
+            found.update(zip(new, map(tuple, encoded["input_ids"]), strict=True))
+        return found
+
+    def _keep(self, prompt: tuple[Message, ...], ids: Ids) -> None:
+        self._read[prompt] = ids
+        if len(self._read) > _MAX_READ:  # the policy gave nothing
+            del self._read[next(iter(self._read))]
+
+    def _fitting(self, prompt: Ids, replies: Sequence[list[int]]) -> list[Encoded]:
+        shortest_reply = 2  # a token and the end
+        longest = len(prompt) + max(map(len, replies), default=shortest_reply)
         if longest > self.max_length:
             raise TooLongError(
-                f"prompt and reply have {longest} tokens, the prompt alone {len(before)}; the reward model takes "
-                f"{self.max_length}"
+                f"prompt and reply have {'' if replies else 'at least '}{longest} tokens, the prompt alone "
+                f"{len(prompt)}; the reward model takes {self.max_length}"
             )
-        return pairs
+        return [(prompt, tuple(reply)) for reply in replies]
 
 
 @dataclass(eq=False)
@@ -77,9 +115,16 @@ class PoolingServer:
 
     url: str
     name: str
-    encode: Callable[[Sequence[Message], Sequence[str]], list[Encoded]]
+    encoder: ChatEncoder
     outputs: tuple[str, ...]
     timeout_seconds: float = 60.0
+
+    @property
+    def max_length(self) -> int:
+        return self.encoder.max_length
+
+    def encode(self, requests: Sequence[Asked]) -> list[list[Encoded]]:
+        return self.encoder(requests)
 
     def score(self, pairs: Sequence[Encoded]) -> list[Scores]:
         body = {"model": self.name, "input": [[*prompt, *reply] for prompt, reply in pairs], "use_activation": False}
@@ -136,7 +181,7 @@ class Batcher:
         return sum(len(request.replies) for request in self._waiting)
 
     async def score(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Scores]:
-        """Scores of replies to one prompt, in order.
+        """Scores of replies to one prompt, in order; without a reply, whether the prompt leaves room for one.
 
         Raises:
             TooLongError: The reward model has no room for them.
@@ -177,8 +222,8 @@ class Batcher:
                     _fail(request, result)
                 elif not request.future.done():
                     request.future.set_result(result)
-            if self._observe is not None:
-                self._observe(sum(len(request.replies) for request in batch), loop.time() - start)
+            if self._observe is not None and (replies := sum(len(request.replies) for request in batch)):
+                self._observe(replies, loop.time() - start)
 
     def _next_batch(self) -> list[_Waiting]:
         """The oldest requests that somebody still waits for, as many as fit."""
@@ -197,7 +242,7 @@ class Batcher:
 
     def _run(self, batch: Sequence[_Waiting]) -> list[list[Scores] | Exception]:
         """In the thread: what each request of a batch gets. What is equal is scored once."""
-        encoded = [self._encode(request) for request in batch]
+        encoded = self._encode(batch)
         distinct = {pair: None for part in encoded if isinstance(part, list) for pair in part}
         try:
             scores = self._score(list(distinct))
@@ -205,11 +250,12 @@ class Batcher:
             return [part if isinstance(part, Exception) else error for part in encoded]
         return [part if isinstance(part, Exception) else [scores[pair] for pair in part] for part in encoded]
 
-    def _encode(self, request: _Waiting) -> list[Encoded] | Exception:
+    def _encode(self, batch: Sequence[_Waiting]) -> list[list[Encoded] | Exception]:
+        """Together; where that fails, each alone, so that the error is that of the request that makes it."""
         try:
-            return self.model.encode(request.prompt, request.replies)
-        except Exception as error:  # noqa: BLE001 - this request's alone, and carried over to its task
-            return error
+            return list(self.model.encode([(request.prompt, request.replies) for request in batch]))
+        except Exception as error:  # noqa: BLE001 - carried over to the task that waits
+            return [error] if len(batch) == 1 else [part for request in batch for part in self._encode([request])]
 
     def _score(self, pairs: Sequence[Encoded]) -> dict[Encoded, Scores]:
         if not pairs:

@@ -13,14 +13,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,8 +41,26 @@ from sotopia_rl.serve.vllm_command import (
 )
 
 _TAIL_LINES = 15
+_TAIL_BYTES = 100_000
 _STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.2
+
+_ERRORS_SHOWN = 3
+_LINE = re.compile(r"(\([^()]* pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^]]*\] )?(.*)")
+"""Which process writes, maybe how bad, when and where it is, and what."""
+_ERROR = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception): \S")
+_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind|.*\bresource_tracker\b")
+"""What libraries say at every end of a Python process."""
+
+_LEASH = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.read(0, 1)
+os.killpg(0, signal.SIGTERM)
+time.sleep({_STOP_SECONDS})
+os.killpg(0, signal.SIGKILL)
+"""
+"""A process in vLLM's group that waits for the end of ours, however it comes, and then ends the group."""
 
 
 class VLLMServer:
@@ -52,8 +73,8 @@ class VLLMServer:
 
     def __init__(
         self,
-        base: Path,
-        adapters: Mapping[str, Path] | None = None,
+        base: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
         settings: VLLMSettings | None = None,
         *,
         log: Path | None = None,
@@ -68,12 +89,14 @@ class VLLMServer:
         Raises:
             ConfigError: As `vllm_command`.
         """
-        self.base, self.adapters = base, dict(adapters or {})
+        self.base = Path(base)
+        self.adapters = {name: Path(path) for name, path in (adapters or {}).items()}
         self.settings = settings or VLLMSettings()
         self._temporary = log is None
         self.log = log or Path(tempfile.gettempdir()) / f"vllm-{os.getpid()}-{id(self):x}.log"
         self._watch = watch
         self._process: subprocess.Popen[bytes] | None = None
+        self._leash: subprocess.Popen[bytes] | None = None
         vllm_command(self.base, self.adapters, self.settings)
 
     @property
@@ -84,13 +107,14 @@ class VLLMServer:
         """The model string of an adapter, or of the base."""
         return f"custom/{name or base_name(self.base, self.settings)}@{self.url}"
 
-    def load_adapter(self, name: str, path: Path) -> None:
+    def load_adapter(self, name: str, path: str | Path) -> None:
         """Serve `path` as `name`, in place of what had that name.
 
         Raises:
             ConfigError: It is no adapter, one of another base, or of a higher rank than this server takes.
             ServingError: As `load_adapter` of this module.
         """
+        path = Path(path)
         limit = check_request(self.base, self.adapters, self.settings)
         check_request(self.base, {name: path}, self.settings.model_copy(update={"max_lora_rank": limit}))
         load_adapter(self.url, name, path)
@@ -113,9 +137,16 @@ class VLLMServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # its workers end with it, and Ctrl-C reaches us first
+                process_group=0,  # its workers end with it, and Ctrl-C reaches us first
             )
         try:
+            self._leash = subprocess.Popen(  # noqa: S603  likewise
+                [sys.executable, "-I", "-S", "-c", _LEASH],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=self._process.pid,
+            )
             self._wait_until_healthy()
         except BaseException:
             self.stop()
@@ -157,6 +188,8 @@ class VLLMServer:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if self._leash is not None:
+            self._leash.communicate()
 
     def _wait_until_healthy(self) -> None:
         assert self._process is not None, "not started"
@@ -173,16 +206,38 @@ class VLLMServer:
 
     def tail(self, lines: int = _TAIL_LINES) -> list[str]:
         """The last lines that vLLM wrote."""
+        return self._lines()[-lines:]
+
+    def _lines(self) -> list[str]:
         with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - 20_000))
+            log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             text = log.read().decode("utf-8", "replace")
-        return [line for line in text.split("\n") if line.strip()][-lines:]
+        return [line for line in text.split("\n") if line.strip()]
 
     def _words(self, what: str) -> str:
         code = self._process.poll() if self._process is not None else None
-        ending = "" if code is None else f" (exit code {code})"
-        lines = "\n".join(f"  {line}" for line in self.tail())
-        return f"vLLM {what}{ending}; all it wrote is in {self.log}, the end of it:\n{lines}"
+        ending, shown = "", "the end of it"
+        lines = self.tail()
+        if code is not None:
+            ending = f" (exit code {code})"
+            if code >= 0 and (errors := last_errors(self._lines())):  # a signal has nothing to do with them
+                shown, lines = "its last errors", errors
+            else:
+                lines = [line for line in self._lines() if not _NOISE.match(line)][-_TAIL_LINES:]
+        told = "\n".join(f"  {line}" for line in lines)
+        return f"vLLM {what}{ending}; all it wrote is in {self.log}, {shown}:\n{told}"
+
+
+def last_errors(lines: Sequence[str]) -> list[str]:
+    """The last different exceptions in a log of vLLM's, the cause before what came of it, as Python words them."""
+    parts = [(found[1], found[2]) for line in lines if (found := _LINE.match(line))]
+    errors: dict[str, list[str]] = {}
+    for place, (process, text) in enumerate(parts):
+        if _ERROR.match(text):
+            errors.pop(text, None)
+            following = [line for who, line in parts[place + 1 : place + 3] if who == process]
+            errors[text] = list(takewhile(lambda line: line.startswith("  "), following))
+    return [line for error, more in list(errors.items())[-_ERRORS_SHOWN:] for line in (error, *more)]
 
 
 def check_vllm(python: Path) -> None:
@@ -220,7 +275,7 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def load_adapter(url: str, name: str, path: Path, *, timeout_seconds: float = 120.0) -> None:
+def load_adapter(url: str, name: str, path: str | Path, *, timeout_seconds: float = 120.0) -> None:
     """Have a running vLLM server serve `path` as `name`, in place of what had that name.
 
     vLLM keeps what it has cached of prompts under a name: weights that change want a new path (or name) each time.
@@ -232,7 +287,7 @@ def load_adapter(url: str, name: str, path: Path, *, timeout_seconds: float = 12
     Raises:
         ServingError: The server does not answer or refuses; its words are in the message.
     """
-    body = {"lora_name": name, "lora_path": str(path.resolve()), "load_inplace": True}
+    body = {"lora_name": name, "lora_path": str(Path(path).resolve()), "load_inplace": True}
     post_json(url, "load_lora_adapter", body, timeout_seconds)
 
 

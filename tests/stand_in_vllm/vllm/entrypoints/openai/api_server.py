@@ -1,7 +1,8 @@
 """A program that is started, watched and spoken to as vLLM is, in milliseconds: what `serve/vllm.py` is tested with.
 
 It takes vLLM's command line, knows adapters only by name, and does what STAND_IN says: `dies` while it starts,
-`hangs` without answering, or serves. The real vLLM is in the slow test.
+`hangs` without answering, or serves. Before it dies with STAND_IN_STATUS (negative: of a signal) it writes
+STAND_IN_LOG. The real vLLM is in the slow test.
 """
 
 import argparse
@@ -53,7 +54,12 @@ class Handler(BaseHTTPRequestHandler):
 
 sys.stderr.write("loading weights\nValueError: not enough memory for the cache\n")
 if os.environ["STAND_IN"] == "dies":
-    sys.exit(3)
+    sys.stderr.write(os.environ.get("STAND_IN_LOG", ""))
+    sys.stderr.flush()
+    status = int(os.environ.get("STAND_IN_STATUS", "3"))
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 if os.environ["STAND_IN"] == "hangs":
     time.sleep(60)
 ThreadingHTTPServer((arguments.host, arguments.port), Handler).serve_forever()
