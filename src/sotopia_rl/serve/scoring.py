@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 from sotopia_rl.errors import ServingError
 from sotopia_rl.models import Message
 from sotopia_rl.serve.vllm import post_json
-from sotopia_rl.train.data import Tokenizer, completions_token_ids
+from sotopia_rl.train.data import Tokenizer, completions_token_ids, prompts_token_ids
 
 Scores = tuple[float, ...]
 """One number per output of the reward model, 0..1 if it was trained here."""
@@ -82,10 +82,7 @@ class ChatEncoder:
     def _prompts(self, prompts: Sequence[tuple[Message, ...]]) -> dict[tuple[Message, ...], Ids]:
         found = {prompt: self._read.pop(prompt) for prompt in prompts if prompt in self._read}
         if new := [prompt for prompt in prompts if prompt not in found]:
-            chats = [[message.model_dump() for message in prompt] for prompt in new]
-            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-            encoded = self.tokenizer.apply_chat_template(chats, **options)
-            found.update(zip(new, map(tuple, encoded["input_ids"]), strict=True))
+            found.update(zip(new, map(tuple, prompts_token_ids(self.tokenizer, new)), strict=True))
         return found
 
     def _keep(self, prompt: tuple[Message, ...], ids: Ids) -> None:

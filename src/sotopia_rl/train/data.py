@@ -82,7 +82,7 @@ class Encoded:
 
 def prompt_token_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The ids a model is given before it replies."""
-    return next(_prompts_token_ids(tokenizer, [messages]))
+    return next(prompts_token_ids(tokenizer, [messages]))
 
 
 def completion_token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -97,7 +97,7 @@ def completions_token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[li
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def _prompts_token_ids(tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]]) -> Iterator[list[int]]:
+def prompts_token_ids(tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]]) -> Iterator[list[int]]:
     """The ids of each prompt; tokenised together, which takes half the time, and not all at once, for memory."""
     for start in range(0, len(prompts), TOGETHER):
         chats = [[message.model_dump() for message in prompt] for prompt in prompts[start : start + TOGETHER]]
@@ -121,7 +121,7 @@ def encode_rows(
         DataError: Rows do not fit even without any history; the first is named, with its length.
     """
     encoded, misfits = [], []
-    for row, whole in zip(rows, _prompts_token_ids(tokenizer, [row.prompt for row in rows]), strict=True):
+    for row, whole in zip(rows, prompts_token_ids(tokenizer, [row.prompt for row in rows]), strict=True):
         completion = [] if reply is None else completion_token_ids(tokenizer, reply(row))
         fitted = _fit(tokenizer, row, whole, max_length - len(completion), completion)
         if isinstance(fitted, int):
