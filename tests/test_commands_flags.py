@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from command_line import call
 from sotopia_rl.attribute import AttributionConfig
-from sotopia_rl.cli import COMMANDS, app, main
+from sotopia_rl.cli import COMMANDS, app
 from sotopia_rl.commands.data import Asking
 from sotopia_rl.commands.flags import resolve, unchecked
 from sotopia_rl.commands.options import Drawn, Speaking
@@ -33,12 +34,6 @@ EVERY = [(c,) for c in COMMANDS if c not in GROUPS] + [(g, c) for g, commands in
 UNBOUNDED = {"--seed", "--judging.seed", "--cloning.goal-above"}
 """Numbers below 0 that mean something; `run` and `quickstart` refuse them in their own words."""
 SIMULATE = ["simulate", "--manifest", "sandbox-train", "--agent1", "scripted/fair", "--agent2", "scripted/fair"]
-
-
-def called(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
 
 
 def written(folder: Path, text: str) -> Path:
@@ -78,7 +73,7 @@ def test_numbers_out_of_range_are_one_line_with_their_flags(
     plain = [[a.name, "-1"] for a in bounded if not a.keys]
     for flags in [*plain, list(chain(*settings))]:
         if flags:
-            assert called(*command, *needed, *flags) == 2
+            assert call(*command, *needed, *flags) == 2
             said = capsys.readouterr().err
             assert said.startswith("sotopia-rl: ")
             assert said.count("\n") == 1
@@ -104,7 +99,7 @@ def test_numbers_out_of_range_are_one_line_with_their_flags(
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     tag = [] if not flags or "--tag" in flags else ["--tag", "t"]
-    assert called(*SIMULATE, *tag, *flags) == 2
+    assert call(*SIMULATE, *tag, *flags) == 2
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.startswith("sotopia-rl: ")
@@ -115,7 +110,7 @@ def test_the_file_sets_whatever_the_flags_below_config_set(tmp_path: Path) -> No
     text = "count: 2\ntemperature: 0.25\nmax_tokens: 99\nmax_turns: 4\nmax_retries: 2\nmax_spend_usd: 1\n"
     file = written(tmp_path, text + 'prices: {"custom/A_b*@http://gpu1:*": [0, 0.5]}\n')
     store = tmp_path / "e.db"
-    assert called(*SIMULATE, "--tag", "t", "--store", store, "--config", file, "--max-tokens", 50) == 0
+    assert call(*SIMULATE, "--tag", "t", "--store", store, "--config", file, "--max-tokens", 50) == 0
     with open_store(store, create=False) as opened:
         episodes = list(opened.episodes())
     assert len(episodes) == 2

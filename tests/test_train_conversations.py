@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import load_peft_weights
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from sotopia_rl.dataset import RewardRow, SFTRow, read_rows
@@ -138,20 +137,3 @@ def test_models_that_take_no_such_mask_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="full attention"):
         conversation_padding(sliding.config, 0)
-
-
-@pytest.mark.slow
-def test_a_run_over_conversations_stopped_in_the_middle_ends_like_an_unbroken_one(
-    rows: Path, base: Path, tmp_path: Path
-) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    chosen = SFT.model_copy(update={"packing": "conversation", "batch_size": 2, "max_steps": 4})
-    unbroken = train_sft(rows, base, chosen, tmp_path / "unbroken")
-    with pytest.raises(KeyboardInterrupt):
-        train_sft(rows, base, chosen, tmp_path / "stopped", progress=stop)
-    resumed = train_sft(rows, base, chosen, tmp_path / "stopped")
-    weights, expected = load_peft_weights(str(resumed)), load_peft_weights(str(unbroken))
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -87,12 +87,15 @@ def test_a_row_sees_nothing_of_the_one_before_it(
 
 
 @pytest.mark.slow
-def test_a_packed_run_stopped_in_the_middle_ends_like_an_unbroken_one(rows: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["packed", "conversation"])
+def test_a_packed_run_stopped_in_the_middle_ends_like_an_unbroken_one(
+    rows: Path, base: Path, tmp_path: Path, packing: str
+) -> None:
     def stop(done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
-    chosen = SFT.model_copy(update={"packing": "packed", "batch_size": 2, "max_steps": 4})
+    chosen = SFT.model_copy(update={"packing": packing, "batch_size": 2, "max_steps": 4})
     unbroken = train_sft(rows, base, chosen, tmp_path / "unbroken")
     with pytest.raises(KeyboardInterrupt):
         train_sft(rows, base, chosen, tmp_path / "stopped", progress=stop)
