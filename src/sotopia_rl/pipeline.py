@@ -64,8 +64,7 @@ def check_models(e: Experiment, run: Run) -> None:
     names = {*e.cast.speakers, *e.evaluate.partners, e.judge_model, *(arm.annotator_model for arm in asking)}
 
     async def open_all(pool: ModelPool) -> None:
-        for name in sorted(names):
-            pool.get(name)
+        pool.open(sorted(names))
 
     run.with_models(open_all)
     if e.base.path is not None:

@@ -224,8 +224,7 @@ async def play_and_judge(
 
     Every model string is opened first, so that a wrong one is found before the first match.
     """
-    for name in {agent.model for pairing in pairings for agent in pairing.agents} | ({judge} if judge else set()):
-        pool.get(name)
+    pool.open({agent.model for pairing in pairings for agent in pairing.agents} | ({judge} if judge else set()))
     played = await simulate_into(
         store, pairings, pool.get, tag=tag, config=simulate, watch=watch, retry_failed=retry_failed
     )

@@ -37,7 +37,7 @@ from sotopia_rl.monitor import Monitor, secret_leaks
 from sotopia_rl.reward import Credited
 from sotopia_rl.simulate import Pairing, SimulateConfig
 from sotopia_rl.stages import Watch
-from sotopia_rl.store import EpisodeQuery, EpisodeStore, open_store
+from sotopia_rl.store import EVERYTHING, EpisodeQuery, EpisodeStore, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ def has_failures(folder: Path) -> bool:
     if not (folder / "store.db").is_file():
         return False
     with stage_store(folder) as store:
-        unplayed = sum(store.count(EpisodeQuery(status=status)) for status in STATUSES if status != "completed")
-        return unplayed > 0 or any(True for kind in ("judge", "annotate") for _ in store.failures(kind))
+        return store.count(EVERYTHING) > store.count(COMPLETED) or any(True for _ in store.failures())
 
 
 # --- data --------------------------------------------------------------------------------------------------------

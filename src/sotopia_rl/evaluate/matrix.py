@@ -135,8 +135,7 @@ async def play_matrix(
         As `evaluate.play.play`.
     """
     names = [*plan.systems.values(), *plan.judges]
-    for name in names:
-        pool.get(name)
+    pool.open(names)
     pairings = pairings_of(plan, manifest)
     wanted = {episode_id(p, tag=TAG, config=plan.simulate) for p in pairings}
     if lacks(folder / STORE, wanted, tag=TAG, retry_failed=retry_failed):

@@ -42,8 +42,7 @@ async def play(
         ModelCallError: The spend cap is reached, or an endpoint was given up.
     """
     names = [*plan.systems.values(), *plan.partners, *plan.judges]
-    for name in names:
-        pool.get(name)
+    pool.open(names)
     if _missing(folder, plan, manifest, retry_failed=retry_failed):
         await refuse_silent(pool, names)
     save_plan(plan, manifest, folder)
@@ -123,8 +122,7 @@ async def refuse_silent(pool: ModelPool, names: Iterable[str]) -> None:
         EvaluationError: One of them gives no answer; names all that do not.
     """
     names = list(names)
-    for name in names:
-        pool.get(name)
+    pool.open(names)
     http = [name for name in dict.fromkeys(names) if isinstance(parse_name(name), OpenAIName | CustomName)]
     answers = await asyncio.gather(*(_word(pool, name) for name in http))
     if silent := [answer for answer in answers if answer]:

@@ -147,6 +147,11 @@ class ModelPool:
             self._models[name] = self._open(name)
         return self._models[name]
 
+    def open(self, names: Iterable[str]) -> None:
+        """Open models before the first is asked, so that a wrong string is found in time. Errors as `get`."""
+        for name in names:
+            self.get(name)
+
     def add(self, model: ChatModel) -> None:
         """Make an open model known under its own name; the pool closes it with the others."""
         self._models[model.name] = model

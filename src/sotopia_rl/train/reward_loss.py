@@ -31,9 +31,13 @@ class RewardTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped h
     ) -> Any:
         """The mean loss of a batch of ids, mask and labels [B, D]; or of conversations with the ends of B rows."""
         given = {name: tensor for name, tensor in inputs.items() if name not in {"labels", ENDS, ROW_TOKENS}}
-        with every_score(model) as scores:
+        if ENDS in inputs:
+            with every_score(model) as scores:
+                outputs = model(**given)
+            predicted_BD = scores[0][tuple(inputs[ENDS].T)].float()
+        else:
             outputs = model(**given)
-        predicted_BD = (scores[0][tuple(inputs[ENDS].T)] if ENDS in inputs else outputs.logits).float()
+            predicted_BD = outputs.logits.float()
         loss = functional.mse_loss(predicted_BD, inputs["labels"])
         if self.ranking_weight:
             loss = loss + self.ranking_weight * ranking_loss(predicted_BD, inputs["labels"])
