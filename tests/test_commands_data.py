@@ -20,8 +20,8 @@ from sotopia_rl.commands.episodes import Counts, terminal_lines
 from sotopia_rl.commands.options import finish
 from sotopia_rl.console import detail
 from sotopia_rl.episode import Action, Failure, Usage
-from sotopia_rl.stages import Tally
 from sotopia_rl.store import EpisodeQuery, EpisodeSummary, import_file, open_store
+from sotopia_rl.tally import Tally
 from store_samples import attribution, episode, rating
 
 SPEAKERS = ["--agent1", "scripted/fair", "--agent2", "scripted/leaky"]

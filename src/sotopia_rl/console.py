@@ -17,9 +17,9 @@ from rich.text import Text
 
 from sotopia_rl.episode import Episode, EpisodeStatus, Rating, Seat, Turn, Usage, UtteranceReward
 from sotopia_rl.observe import goal_text, scenario_text
-from sotopia_rl.stages import Tally, Watch
 from sotopia_rl.store.interface import episode_of
 from sotopia_rl.store.jsonl import StageFailure
+from sotopia_rl.tally import Tally, Watch
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

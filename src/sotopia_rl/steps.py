@@ -36,8 +36,8 @@ from sotopia_rl.manifest import Manifest, evaluation_pairings, load_manifest, se
 from sotopia_rl.monitor import Monitor, secret_leaks
 from sotopia_rl.reward import Credited
 from sotopia_rl.simulate import Pairing, SimulateConfig
-from sotopia_rl.stages import Watch
 from sotopia_rl.store import EVERYTHING, EpisodeQuery, EpisodeStore, open_store
+from sotopia_rl.tally import StepWatch, Tally, Watch, step_watch
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class Run:
         return with_models(self.limits, work, budget=self.budget)
 
 
-def _steps(run: Run, stage: str) -> stages.StepWatch:
-    return stages.step_watch(stage, run.watch)
+def _steps(run: Run, stage: str) -> StepWatch:
+    return step_watch(stage, run.watch)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _play(run: Run, out: Path, pairings: Sequence[Pairing], *, tag: str, rules: 
             raise DataError(f"none of the {len(pairings)} episodes was completed; see {out / 'store.db'}")
 
 
-def _settle(tally: stages.Tally, *, some: bool = True) -> None:
+def _settle(tally: Tally, *, some: bool = True) -> None:
     """Say what failed; raise where the stage cannot count as finished."""
     tally.require(some=some and not tally.skipped)
     for kind, message in tally.messages.items():

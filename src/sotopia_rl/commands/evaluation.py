@@ -23,7 +23,7 @@ from sotopia_rl.simulate import SimulateConfig
 
 if TYPE_CHECKING:  # scipy takes a second, which `--help` does not need
     from sotopia_rl.llm.open import ModelPool
-    from sotopia_rl.stages import Tally, Watch
+    from sotopia_rl.tally import Tally, Watch
 
 SECTIONS: dict[type[Config], str] = {JudgeConfig: "judging"}
 """Of a config file."""

@@ -14,7 +14,7 @@ from sotopia_rl.console import err, used
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.manifest import Manifest, manifest_from
 from sotopia_rl.profiles import SELECTIONS, load_profiles, selected_matches
-from sotopia_rl.stages import Tally
+from sotopia_rl.tally import Tally
 
 DEFAULT_STORE = "episodes.db"
 SANDBOX = ("sandbox-train", "sandbox-held-out")

@@ -16,7 +16,7 @@ from sotopia_rl.errors import ConfigError
 from sotopia_rl.judge import JudgeConfig
 from sotopia_rl.manifest import load_manifest
 from sotopia_rl.simulate import SimulateConfig
-from sotopia_rl.stages import StepWatch, step_watch
+from sotopia_rl.tally import StepWatch, step_watch
 from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings
 from sotopia_rl.train.processes import is_main
 

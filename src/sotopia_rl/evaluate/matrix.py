@@ -32,9 +32,9 @@ from sotopia_rl.manifest import Manifest
 from sotopia_rl.ranking import groups, rank
 from sotopia_rl.results import Effect
 from sotopia_rl.simulate import Pairing, episode_id
-from sotopia_rl.stages import Tally, Watch
 from sotopia_rl.statistics import paired_difference
 from sotopia_rl.store import EpisodeQuery, open_store
+from sotopia_rl.tally import Tally, Watch
 
 TAG = "matrix"
 STORE = "matrix.db"

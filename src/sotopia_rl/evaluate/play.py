@@ -16,8 +16,9 @@ from sotopia_rl.llm.open import CustomName, ModelPool, OpenAIName, parse_name
 from sotopia_rl.manifest import Manifest, evaluation_pairings
 from sotopia_rl.models import Message
 from sotopia_rl.simulate import Pairing, episode_id
-from sotopia_rl.stages import Tally, Watch, played_ids
+from sotopia_rl.stages import played_ids
 from sotopia_rl.store import EpisodeQuery, open_store
+from sotopia_rl.tally import Tally, Watch
 
 SILENT = frozenset({"connection", "timeout", "http_4xx", "http_5xx", "rate_limited"})
 """Failures that say that an endpoint, not a reply, is wrong."""
