@@ -79,7 +79,7 @@ def test_a_call_sends_what_was_asked_and_returns_what_was_said():
         ("truncated", "bad_reply", 3, "not JSON"),
         ("no-choices", "bad_reply", 3, "no choices"),
         ("null-content", "bad_reply", 3, "no text"),
-        ("surrogate", "bad_reply", 3, "surrogate"),
+        ("surrogate", "bad_reply", 3, "hex escape"),
         ("not-utf8", "bad_reply", 3, "not JSON"),
         ("redirect", "bad_reply", 1, "HTTP 302"),
     ],

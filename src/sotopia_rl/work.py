@@ -38,7 +38,8 @@ async def bounded(
         Exception: Anything else that `work` raises; what is in flight is cancelled first.
     """
     source = iter(items)
-    running: dict[asyncio.Task[Result], Item] = {}
+    running: dict[asyncio.Future[Result], Item] = {}
+    finished: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()  # asyncio.wait looks at all that run, each time
     open_for_more = True
     try:
         while True:
@@ -48,18 +49,19 @@ async def bounded(
                 except StopIteration:
                     open_for_more = False
                     break
-                running[asyncio.ensure_future(work(item))] = item
+                started = asyncio.ensure_future(work(item))
+                started.add_done_callback(finished.put_nowait)
+                running[started] = item
             if not running:
                 return
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                item = running.pop(task)
-                try:
-                    result: Result | Failure = task.result()
-                except ModelCallError as error:
-                    open_for_more = open_for_more and not isinstance(error, (BudgetError, EndpointDownError))
-                    result = failure_of(error)
-                yield item, result
+            ended = await finished.get()
+            item = running.pop(ended)
+            try:
+                result: Result | Failure = ended.result()
+            except ModelCallError as error:
+                open_for_more = open_for_more and not isinstance(error, (BudgetError, EndpointDownError))
+                result = failure_of(error)
+            yield item, result
     finally:
         for task in running:
             task.cancel()

@@ -19,7 +19,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
 import aiohttp
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from sotopia_rl.episode import Sampling, Usage
 from sotopia_rl.errors import ContextLengthError, EndpointDownError, FailureKind, ModelCallError
@@ -310,10 +310,10 @@ class HttpModel:
             _Trouble: There is no reply in it.
         """
         try:
-            data = json.loads(raw)
-        except (ValueError, RecursionError):
+            data = from_json(raw)  # a third of the time of json.loads
+        except ValueError as error:
             start = self.endpoint.redact(raw[:2_000].decode("utf-8", "replace"))
-            raise _Trouble("bad_reply", f"the body is not JSON: {_short(start)!r}", again=True) from None
+            raise _Trouble("bad_reply", f"the body is not JSON ({error}): {_short(start)!r}", again=True) from None
         choices = data.get("choices") if isinstance(data, dict) else None
         if not isinstance(choices, list) or not choices:
             raise self._no_choices(raw)
@@ -353,18 +353,12 @@ class HttpModel:
         if not isinstance(content, str):
             words = _short(self.endpoint.redact(str(message.get("refusal") or content)))
             raise _Trouble("bad_reply", f"the reply holds no text ({words})", again=True)
-        return self._storable(content), str(finish_reason)
+        if self.endpoint.holds_key(content):
+            content = self.endpoint.redact(content)
+        return content, str(finish_reason)
 
     def _no_choices(self, raw: bytes) -> _Trouble:
         return _Trouble("bad_reply", f"no choices in the body: {self._server_words(raw)}", again=True)
-
-    def _storable(self, text: str) -> str:
-        """The text, refused where it could not be written down."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _Trouble("bad_reply", "the reply holds half of a surrogate pair", again=True) from None
-        return self.endpoint.redact(text) if self.endpoint.holds_key(text) else text
 
     def _usage(self, found: Any) -> Usage:
         if not isinstance(found, dict):

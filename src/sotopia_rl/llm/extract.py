@@ -24,6 +24,7 @@ _MARK = re.compile(r"[{}]|</?think(?:ing)?>")
 _THINK_END = re.compile(r"</think(?:ing)?>")
 # A brace in prose that can be no JSON object: {name}, {your answer}.
 _PLACEHOLDER = re.compile(r"\{\s*[\w<>./-][\w <>./-]*\}")
+_LIST_START = re.compile(r"\s*\[\s*[\[{\"\d]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -78,7 +79,7 @@ def _objects(text: str) -> list[JsonObject]:
 
 def _refuse_list(text: str, start: int) -> None:
     before = text[:start].rstrip()
-    if before.endswith("[") or re.match(r"\s*\[\s*[\[{\"\d]", text):
+    if before.endswith("[") or _LIST_START.match(text):
         raise UnusableReply("the reply is a list; reply with one JSON object, not in brackets")
 
 
