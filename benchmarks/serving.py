@@ -6,9 +6,11 @@
 
 The server is the real command in a process of its own, the policy a local server whose replies cost next to nothing
 (engines/model_server.py, 500 different utterances), the reward model a random one of two narrow layers: what is
-measured is the server. Three ways of scoring, the same otherwise: in shared batches (the default), one request at a
-time (`--max-batch 1`), one reply at a time (and `--max-batch-tokens 1`), which is what the published reward model
-server does. Every reply that comes back is checked to be one that the policy gave.
+measured is the server. Requests: a chat, of which ten candidates are scored; `/v1/score` with one utterance, and with
+ten of one prompt. Three ways of scoring, the same otherwise: in shared batches (the default); one request to the
+reward model at a time (`--max-batch 1`), which is the candidates of one chat, or one utterance of `/v1/score`; one reply
+at a time (and `--max-batch-tokens 1`), which is what the published reward model server does. Every reply that comes back
+is checked to be one that the policy gave.
 """
 
 from __future__ import annotations
@@ -41,8 +43,23 @@ from sotopia_rl.serve.vllm import free_port
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent / "engines")]
 
-CHAT, SCORE = "/v1/chat/completions", "/v1/score"
 CANDIDATES = 10
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What clients ask for."""
+
+    name: str
+    path: str
+    items: int = 0
+    """Utterances to score, of one prompt."""
+
+
+CHAT = Kind(f"chat, {CANDIDATES} candidates", "/v1/chat/completions")
+SCORE = Kind("score, 1 utterance", "/v1/score", 1)
+SCORE_MANY = Kind(f"score, {CANDIDATES} utterances", "/v1/score", CANDIDATES)
+KINDS = (CHAT, SCORE, SCORE_MANY)
 REPLIES = 500
 WAYS = {
     "shared batches": [],
@@ -149,9 +166,9 @@ def wait_for(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-async def load(address: str, path: str, *, clients: int, seconds: float, during: Any = None) -> Load:
+async def load(address: str, kind: Kind, *, clients: int, seconds: float, during: Any = None) -> Load:
     """Clients that ask again as soon as they have an answer, and after the time that a 429 or 503 names."""
-    bodies, known = itertools.cycle(request_bodies(path)), utterances()
+    bodies, known = itertools.cycle(request_bodies(kind)), utterances()
     start = time.monotonic()
     seen = Load(seconds)
 
@@ -163,8 +180,8 @@ async def load(address: str, path: str, *, clients: int, seconds: float, during:
 
     async def one(session: aiohttp.ClientSession, body: bytes, began: float) -> float:
         try:
-            async with session.post(address + path, data=body) as response:
-                outcome = judged(path, response.status, await response.read(), response.headers, known)
+            async with session.post(address + kind.path, data=body) as response:
+                outcome = judged(kind, response.status, await response.read(), response.headers, known)
         except (aiohttp.ClientError, OSError) as error:
             outcome = type(error).__name__
         now = time.monotonic()
@@ -183,51 +200,51 @@ async def load(address: str, path: str, *, clients: int, seconds: float, during:
     return seen
 
 
-def request_bodies(path: str) -> list[bytes]:
+def request_bodies(kind: Kind) -> list[bytes]:
     """One per prompt."""
-    said = sorted(utterances())
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts()]
-    if path == CHAT:
-        return [json.dumps({"model": "best-of-n", "messages": chat, "max_tokens": 64}).encode() for chat in chats]
-    return [
-        json.dumps({"items": [{"messages": chat, "completion": said[i % len(said)]}]}).encode()
-        for i, chat in enumerate(chats)
-    ]
+    said = itertools.cycle(sorted(utterances()))
+    bodies: list[dict[str, Any]] = []
+    for prompt in prompts():
+        chat = [{"role": "user", "content": prompt}]
+        items = [{"messages": chat, "completion": next(said)} for _ in range(kind.items)]
+        bodies.append({"items": items} if items else {"model": "best-of-n", "messages": chat, "max_tokens": 64})
+    return [json.dumps(body).encode() for body in bodies]
 
 
-def judged(path: str, status: int, raw: bytes, headers: Any, known: set[str]) -> str:
+def judged(kind: Kind, status: int, raw: bytes, headers: Any, known: set[str]) -> str:
     """The status, or what is wrong with the answer."""
     body = json.loads(raw)
-    if status == 200 and path == CHAT:
+    if status == 200 and kind is CHAT:
         return "200" if body["choices"][0]["message"]["content"] in known else "WRONG UTTERANCE"
     if status == 200:
-        return "200" if isinstance(body["data"][0]["score"], float) else "NO SCORE"
+        scores = [score["score"] for score in body["data"]]
+        return "200" if len(scores) == kind.items and all(isinstance(s, float) for s in scores) else "NO SCORE"
     if status in {429, 503} and "Retry-After" not in headers:
         return f"{status} WITHOUT RETRY-AFTER"
     return str(status) if body["error"]["message"] else f"{status} WITHOUT A REASON"
 
 
-def warm_up(address: str, path: str) -> None:
-    asyncio.run(load(address, path, clients=4, seconds=1))
+def warm_up(address: str, kind: Kind) -> None:
+    asyncio.run(load(address, kind, clients=4, seconds=1))
 
 
 def batching(reward_model: Path, seconds: float) -> list[list[str]]:
-    """Rows: endpoint, clients, way of scoring, requests/s, times the slowest way, p50, p95."""
-    found: dict[tuple[str, int, str], Load] = {}
+    """Rows: request, clients, way of scoring, requests/s, how much faster shared batches are, p50, p95, outcomes."""
+    found: dict[tuple[Kind, int, str], Load] = {}
     with policy() as (name, _, _):
         for way, options in WAYS.items():
             with best_of_n(name, reward_model, *options) as address:
-                for path in (CHAT, SCORE):
-                    warm_up(address, path)
+                for kind in KINDS:
+                    warm_up(address, kind)
                     for clients in (16, 64):
-                        found[path, clients, way] = asyncio.run(load(address, path, clients=clients, seconds=seconds))
+                        found[kind, clients, way] = asyncio.run(load(address, kind, clients=clients, seconds=seconds))
     rows = []
-    for path, clients in itertools.product((CHAT, SCORE), (16, 64)):
+    for kind, clients in itertools.product(KINDS, (16, 64)):
         for way in WAYS:
-            run = found[path, clients, way]
-            gain = found[path, clients, "shared batches"].per_second / max(run.per_second, 1e-9)
+            run = found[kind, clients, way]
+            gain = found[kind, clients, "shared batches"].per_second / max(run.per_second, 1e-9)
             times = [f"{run.per_second:.1f}", f"{gain:.1f}", f"{run.percentile_ms(0.5):.0f}"]
-            rows.append([path, str(clients), way, *times, f"{run.percentile_ms(0.95):.0f}", outcomes(run)])
+            rows.append([kind.name, str(clients), way, *times, f"{run.percentile_ms(0.95):.0f}", outcomes(run)])
     return rows
 
 
@@ -294,9 +311,9 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as folder:
         model = small_reward_model(Path(folder))
-        header = ["endpoint", "clients", "scoring", "requests/s", "slower than shared", "p50 ms", "p95 ms", "outcomes"]
+        header = ["request", "clients", "scoring", "requests/s", "shared is faster by", "p50 ms", "p95 ms", "outcomes"]
         rows = batching(model, arguments.seconds)
-        show(f"Scoring, {CANDIDATES} candidates", header, rows, markdown=arguments.markdown)
+        show("Scoring", header, rows, markdown=arguments.markdown)
         rows = [overload(model, arguments.seconds)]
         show("Overload", ["clients", "requests/s", "p50 ms", "p95 ms", "outcomes"], rows, markdown=arguments.markdown)
         rows = [restart(model)]

@@ -23,7 +23,7 @@ from sotopia_rl.train.adapters import check_base
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import read_json
 from sotopia_rl.train.loading import load_base, load_tokenizer
-from sotopia_rl.train.prompt_once import last_states
+from sotopia_rl.train.prompt_once import last_states, whole_states
 from sotopia_rl.train.reward_model import load_classifier
 
 
@@ -52,12 +52,16 @@ class LocalRewardModel:
 
     def _score(self, pairs: Sequence[Encoded]) -> torch.Tensor:
         """[B, D] scores; a prompt is read once for all of its replies."""
-        last_BH = last_states(
-            lambda **inputs: self.model.base_model(**inputs).last_hidden_state,
-            pairs,
-            config=self.model.config,
-            device=self.model.device,
-        )
+
+        def read(**inputs: Any) -> torch.Tensor:
+            states: torch.Tensor = self.model.base_model(**inputs).last_hidden_state
+            return states
+
+        device = self.model.device
+        if len({prompt for prompt, _ in pairs}) == len(pairs):
+            last_BH = whole_states(read, pairs, device=device)
+        else:
+            last_BH = last_states(read, pairs, config=self.model.config, device=device)
         scores_BD: torch.Tensor = self.model.score(last_BH).float()
         return scores_BD
 

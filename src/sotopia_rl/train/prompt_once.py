@@ -25,10 +25,10 @@ def last_states(
 ) -> torch.Tensor:
     """[B, H] hidden states of a decoder at each reply's last token.
 
-    Each distinct prompt is read once, and its keys and values serve all of its replies: two passes, however many
-    prompts there are. Both parts are padded at their right ends; what pads a prompt is masked out when the replies
-    are read, and positions are given, so that it is nothing to the model. A decoder whose layers are not plain
-    attention reads prompt and reply in one.
+    Each distinct prompt is read once, and its keys and values serve all of its replies: always two passes, because the
+    processes of a sharded model must make equally many. Both parts are padded at their right ends; what pads a prompt
+    is masked out when the replies are read, and positions are given, so that it is nothing to the model. A decoder
+    whose layers are not plain attention reads prompt and reply in one.
 
     Args:
         read: The decoder: from its keyword arguments to its last layer's states [B, T, H].
@@ -36,8 +36,7 @@ def last_states(
         config: The decoder's.
     """
     if not can_prefill(config):
-        whole = [[*prompt, *reply] for prompt, reply in pairs]
-        return _at_the_end(read(**_padded(whole, device), use_cache=False), whole)
+        return whole_states(read, pairs, device=device)
     prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(tuple(prompt) for prompt, _ in pairs))}
     cache = DynamicCache(config=config)
     given = _padded(list(prompts), device)
@@ -55,6 +54,12 @@ def last_states(
         use_cache=True,
     )
     return _at_the_end(states_BTH, replies)
+
+
+def whole_states(read: Callable[..., torch.Tensor], pairs: Sequence[Pair], *, device: torch.device) -> torch.Tensor:
+    """As `last_states`, each prompt read with each of its replies: one pass, for pairs that share no prompt."""
+    rows = [[*prompt, *reply] for prompt, reply in pairs]
+    return _at_the_end(read(**_padded(rows, device), use_cache=False), rows)
 
 
 def completion_logprobs(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor, length: int, config: Any) -> Any:
