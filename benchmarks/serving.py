@@ -8,9 +8,9 @@ The server is the real command in a process of its own, the policy a local serve
 (engines/model_server.py, 500 different utterances), the reward model a random one of two narrow layers: what is
 measured is the server. Requests: a chat, of which ten candidates are scored; `/v1/score` with one utterance, and with
 ten of one prompt. Three ways of scoring, the same otherwise: in shared batches (the default); one request to the
-reward model at a time (`--max-batch 1`), which is the candidates of one chat, or one utterance of `/v1/score`; one reply
-at a time (and `--max-batch-tokens 1`), which is what the published reward model server does. Every reply that comes back
-is checked to be one that the policy gave.
+reward model at a time (`--max-batch 1`), which is the candidates of one chat, or one utterance of `/v1/score`; and one
+reply at a time (with `--max-batch-tokens 1`), which is what the published reward model server does. Every reply that
+comes back is checked to be one that the policy gave.
 """
 
 from __future__ import annotations
