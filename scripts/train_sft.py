@@ -5,7 +5,7 @@ r"""Step 2.1 of the paper: behaviour cloning.
         --num_epochs 500 --use_lora --evaluation_steps 5 --sft_data_path ../data/sft_data_path.json \
         --template_path ../evals/qwen2.5-7b.jinja --checkpoint_dir ../sft_checkpoints_qwen2.5-7b
 
-The paper trained 500 steps (--max_steps 500); 500 epochs are what the README says.
+The paper's text has 500 steps (--max_steps 500); 500 epochs are what its README says.
 
 The flags of the paper's script mean here what --help says. The same command again goes on where it stopped.
 """

@@ -77,7 +77,7 @@ SELECTIONS = {
     "sotopia-hard-14x2": Selection("sotopia-hard"),
     "sotopia-all-90x2": Selection("sotopia-all"),
 }
-"""By name: 28 matches (what the paper's evaluator runs), 140, 140, 180 and 900.
+"""By name: 28 matches (what the paper's evaluation command plays), 140, 140, 180 and 900.
 
 The last two are other names of the 28 and the 180.
 """
@@ -143,7 +143,7 @@ def matches(
 
     Args:
         scenario_ids: In the order to play them; all of the profiles' scenarios by default.
-        combos: `first` is the lowest id of each scenario, as in the paper's evaluation.
+        combos: `first` is the lowest id of each scenario, as in the paper's evaluation command.
 
     Raises:
         DataError: A scenario is not among the profiles, or has no combo.

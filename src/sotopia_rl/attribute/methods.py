@@ -1,7 +1,7 @@
 """The attribution methods: what each asks an annotator, and how its answer becomes weights.
 
 A method is a row of `METHODS`. The reward of utterance t on a dimension is later G x A(t) with
-A(t) = weight(t) / top weight in [0, 1] and G the episode's score (Sotopia-RL, arXiv 2508.03905, section 3),
+A(t) = weight(t) / top weight in [0, 1] and G the episode's score (Sotopia-RL, arXiv 2508.03905, section 4.1),
 so a method is nothing but a definition of A.
 
 Two kinds of question exist. A *weight* question asks for a whole number from 0 to a top weight per utterance.
