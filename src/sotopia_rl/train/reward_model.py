@@ -35,7 +35,7 @@ from sotopia_rl.train.data import Encoded, divided
 from sotopia_rl.train.folder import claim, fingerprints, write_json
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, only_errors, trainer_arguments
 from sotopia_rl.train.processes import is_main, weights_are_divided
-from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.publish import conclude, finished_result
 from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
 from sotopia_rl.train.session import training_session
@@ -67,13 +67,12 @@ def train_reward_model(
     """
     paths = {"rows": rows, "base": base, "template": settings.template_path}
     run = claim(out, "rm", settings, fingerprints(**paths), resume=resume)
+    if (result := finished_result(run, settings)) is not None:
+        return result
     if weights_are_divided():
         raise ConfigError(
             "the reward model's report needs whole weights; use configs/accelerate/ddp.yaml or zero2.yaml"
         )
-    if run.finished:
-        publish(run, run.path / "adapter", settings)
-        return run.path / "adapter"
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
         read = list(read_rows(RewardRow, rows))
