@@ -190,16 +190,17 @@ def matrix_results(
     Raises:
         EvaluationError: No such metric; or the systems fall into groups that share no scored board.
     """
-    talks = _talks(folder, plan, manifest)
+    talks = talks_of(folder, plan, manifest)
     _check_metric(metric, talks)
     meetings, ballots, clusters = [], [], []
     for a, b in combinations(plan.systems, 2):
-        found, left_out = _compared(a, b, manifest, talks, metric)
+        found = _compared(a, b, manifest, talks, metric)
+        causes = Counter(boards_left_out(a, b, manifest, talks).values())
         scores = [_score(c, tie_margin) for c in found]
         ballots += [(a, b, score) for score in scores]
         clusters += [c.scenario for c in found]
         if found:
-            meetings.append(_meeting(a, b, found, scores, left_out))
+            meetings.append(_meeting(a, b, found, scores, {cause: n * len(SEATS) for cause, n in causes.items()}))
     _check_connected(list(plan.systems), meetings, talks)
     strengths = rank(ballots, clusters, confidence=CONFIDENCE)
     standings = [
@@ -236,7 +237,8 @@ Talks = Mapping[tuple[str, str, str], _Talk]
 """By board, system in the first seat, system in the second."""
 
 
-def _talks(folder: Path, plan: Plan, manifest: Manifest) -> Talks:
+def talks_of(folder: Path, plan: Plan, manifest: Manifest) -> Talks:
+    """Every conversation that was to be held, as the judges see it."""
     with closing(open_store(folder / STORE, create=False)) as store:
         episodes = {e.id: e for e in store.episodes(EpisodeQuery(tag=TAG))}
         ratings: dict[str, dict[str, Rating]] = {}
@@ -278,20 +280,22 @@ def _check_metric(metric: str, talks: Talks) -> None:
         raise EvaluationError(f"there is no metric {metric!r}; the judges gave {', '.join(sorted(scored[0]))}")
 
 
-def _compared(a: str, b: str, manifest: Manifest, talks: Talks, metric: str) -> tuple[list[_Comparison], Counter[str]]:
-    """Both seats of every board; and what is missing, by cause."""
-    found, left_out = [], Counter[str]()
+def boards_left_out(a: str, b: str, manifest: Manifest, talks: Talks) -> dict[str, str]:
+    """Boards on which two systems are not compared, by id with the cause: one of their conversations has no score."""
+    causes = {board.id: talks[board.id, a, b].cause or talks[board.id, b, a].cause for board in boards(manifest)}
+    return {board: cause for board, cause in causes.items() if cause}
+
+
+def _compared(a: str, b: str, manifest: Manifest, talks: Talks, metric: str) -> list[_Comparison]:
+    """Both seats of every board whose two conversations have scores."""
+    found = []
     for board in boards(manifest):
-        forward, backward = talks[board.id, a, b], talks[board.id, b, a]
-        if forward.metrics is None or backward.metrics is None:
-            left_out[forward.cause or backward.cause] += len(SEATS)
-            continue
-        for seat in SEATS:  # a sits here in one of the two conversations, b in the other
-            of_a, of_b = (forward, backward) if seat == 0 else (backward, forward)
-            if of_a.metrics is not None and of_b.metrics is not None:
-                scores = of_a.metrics[seat][metric], of_b.metrics[seat][metric]
-                found.append(_Comparison(board.scenario.id, *scores))
-    return found, left_out
+        forward, backward = talks[board.id, a, b].metrics, talks[board.id, b, a].metrics
+        if forward is not None and backward is not None:
+            # a sits at the first seat in one of the two conversations, at the second in the other
+            found.append(_Comparison(board.scenario.id, forward[0][metric], backward[0][metric]))
+            found.append(_Comparison(board.scenario.id, backward[1][metric], forward[1][metric]))
+    return found
 
 
 def _score(c: _Comparison, tie_margin: float) -> float:
