@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sotopia_rl import __version__
 from sotopia_rl.errors import EvaluationError
-from sotopia_rl.evaluate.cells import NOT_JUDGED, Cell, Played, cause_of, cell_of, partner_of, pooled
-from sotopia_rl.evaluate.noise import CellKey, judge_agreement, judge_noise, spreads
+from sotopia_rl.evaluate.cells import NOT_JUDGED, Cell, Cells, Played, cause_of, cell_of, partner_of, pooled
+from sotopia_rl.evaluate.noise import judge_agreement, judge_noise, spreads
 from sotopia_rl.evaluate.paired import LENGTH, by_scenario, compare, decompose, shared_keys
 from sotopia_rl.manifest import Manifest
 from sotopia_rl.results import (
+    HEADLINE,
     SCORES,
     SETTINGS,
     Decomposition,
@@ -26,10 +27,6 @@ from sotopia_rl.results import (
 
 Panel = Mapping[str, Sequence[Played]]
 """By judge, one `Played` per system."""
-Cells = dict[CellKey, Cell]
-
-HEADLINE = ("goal", "overall")
-"""The metric of pictures and of what costs time: the first of these that is there."""
 
 
 def evaluate(
