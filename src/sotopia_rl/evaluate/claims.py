@@ -17,6 +17,7 @@ from sotopia_rl.evaluate.matrix import (
     SEATS,
     STORE,
     MatrixResults,
+    boards,
     boards_left_out,
     load_matrix,
     matrix_results,
@@ -135,13 +136,13 @@ def _lacking(found: Evaluation, results: Results) -> Iterator[str]:
 def _lacking_talks(folder: Path, plan: Plan, matrix: MatrixResults) -> Iterator[str]:
     """Conversations without a score that their meeting does not count as such."""
     manifest = load_manifest(folder / "manifest.json")
-    talks = talks_of(folder, plan, manifest)
+    talks, played = talks_of(folder, plan, manifest), boards(manifest)
     for meeting in matrix.meetings:
         a, b = meeting.system_a, meeting.system_b
         if not {a, b} <= plan.systems.keys():
             continue  # a row that the episodes do not give
         by_cause: dict[str, list[str]] = {}
-        for board, cause in boards_left_out(a, b, manifest, talks).items():
+        for board, cause in boards_left_out(a, b, played, talks).items():
             lacking = [first for first, second in ((a, b), (b, a)) if talks[board, first, second].cause]
             by_cause.setdefault(cause, []).append(f"match {board} with {' and '.join(lacking)} in the first seat")
         stated = {cause: count // len(SEATS) for cause, count in meeting.left_out.items()}

@@ -1,8 +1,7 @@
 """What comes after the last step: the result's card, the mark that the run is over, the upload to the hub.
 
 The upload, to the hub that `HF_ENDPOINT` names, comes last, when everything is saved: one that fails loses nothing, and
-the same command tries it again. No torch here: a command that finds its
-run finished has its answer at once.
+the same command tries it again. No torch here: a command that finds its run finished has its answer at once.
 """
 
 from __future__ import annotations
