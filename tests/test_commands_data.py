@@ -298,6 +298,24 @@ def test_a_damaged_rating_fails_alone_in_annotating(said, played):
         assert {a.episode_id for a in opened.attributions()} == {r.episode_id for r in healthy}
 
 
+def test_what_would_lack_a_damaged_record_stops_at_it_and_leaves_what_was_there(said, played, tmp_path):
+    assert said("annotate", "--annotator", "scripted/annotator", "--tag", "t", "--store", played)[0] == 0
+    commands = [
+        ["reward", "--tag", "t", "--output", tmp_path / "rows"],
+        ["episodes", "export", tmp_path / "all.jsonl"],
+        ["episodes", "export", tmp_path / "theirs.jsonl", "--layout", "sotopia"],
+    ]
+    for command in commands:
+        assert said(*command, "--store", played)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+    damaged = contents(played)[0][-1]
+    cut_short(played, damaged.id)
+    for command in [*commands, ["episodes", "export", tmp_path / "copy.db"]]:
+        code, _, err = said(*command, "--store", played)
+        assert (code, f"episode {damaged.id} cannot be read" in err) == (1, True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json*")} == before
+
+
 # export and import
 
 

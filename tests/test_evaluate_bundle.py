@@ -264,6 +264,16 @@ def test_a_matrix_is_bundled_and_verified_too(tmp_path, capsys):
     forged = changed(tmp_path / "m.zip", tmp_path / "f.zip", "matrix.json", json.dumps(matrix).encode(), cover_up=True)
     assert call("evaluate", "verify", forged) == 1
     assert "matrix.json: tough - fair.won states" in capsys.readouterr().err
+    lines = content(tmp_path / "m.zip", "episodes/matrix.jsonl").decode().splitlines()
+    at = next(i for i, line in enumerate(lines) if '"kind": "episode"' in line)
+    episode = json.loads(lines.pop(at))["record"]
+    data = ("\n".join(lines) + "\n").encode()
+    forged = changed(tmp_path / "m.zip", tmp_path / "d.zip", "episodes/matrix.jsonl", data, cover_up=True)
+    first = episode["agents"][0]["model"].removeprefix("scripted/")
+    assert verify_bundle(forged).problems[0] == (
+        "episodes/matrix.jsonl: tough - fair, not played: 1, matrix.json states 0: "
+        f"match {episode['match']['id']} with {first} in the first seat"
+    )
     renamed = content(tmp_path / "m.zip", "evaluation.json").replace(b"scripted/tough", b"scripted/rude")
     forged = changed(tmp_path / "m.zip", tmp_path / "g.zip", "evaluation.json", renamed, cover_up=True)
     assert verify_bundle(forged).problems[0].startswith("evaluation.json: states the systems scripted/fair, scripted/r")

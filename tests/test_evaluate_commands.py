@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from command_line import call
+from damage import cut_short
 from faulty_server import Answer, FaultyServer, reply
 from sotopia_rl.evaluate.folder import load_plan
 from sotopia_rl.results import load_results
@@ -255,6 +256,21 @@ def test_duplicated_episodes_are_refused_with_counts(copy, capsys):
             store.add_episode(episode.model_copy(update={"id": f"{episode.id[:-1]}0", "tag": "again"}))
     assert call("evaluate", "compare", copy) == 1
     assert "'fair': 3 sampled pairs have more than one episode" in one_line(capsys)
+
+
+def test_a_damaged_episode_stops_a_comparison_and_is_played_anew_once_it_is_deleted(run, copy, tmp_path, capsys):
+    before = (copy / "results.json").read_bytes()
+    with closing(open_store(copy / "fair.db")) as store:
+        damaged = store.ids()[3]
+    cut_short(copy / "fair.db", damaged)
+    for command in (["compare", copy], ["bundle", copy, "--output", tmp_path / "b.zip"]):
+        assert call("evaluate", *command) == 1
+        assert f"fair.db: episode {damaged} cannot be read" in capsys.readouterr().err
+    assert (copy / "results.json").read_bytes() == before
+    assert not (tmp_path / "b.zip").exists()
+    assert call("episodes", "delete", damaged, "--yes", "--store", copy / "fair.db") == 0
+    assert call("evaluate", "play", *WORLD, *SYSTEMS, *PARTNERS, *JUDGE, "--output", copy) == 0
+    assert load_results(copy / "results.json").rows == load_results(run / "results.json").rows
 
 
 def test_an_empty_intersection_is_refused_with_counts(copy, capsys):

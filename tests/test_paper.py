@@ -21,9 +21,8 @@ from sotopia_rl.paper import (
     Summary,
     annotate_file,
     attribution_config,
-    read_annotated,
-    write_reward_file,
 )
+from sotopia_rl.paper_rows import read_annotated, write_reward_file
 from sotopia_rl.simulate import Pairing, SimulateConfig, simulate
 from sotopia_rl.store import export_file, open_store
 

@@ -1,15 +1,20 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import load_peft_weights
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
+from sotopia_rl import monitor
 from sotopia_rl.dataset import PromptRow, read_rows
-from sotopia_rl.errors import GateError, TrainingError
+from sotopia_rl.errors import ConfigError, GateError, TrainingError
+from sotopia_rl.report.curves import CURVES, curve_view
 from sotopia_rl.train.adapters import RewardScorer, load_policy
 from sotopia_rl.train.batches import padded
 from sotopia_rl.train.config import GRPOSettings
@@ -17,10 +22,11 @@ from sotopia_rl.train.data import encode_rows
 from sotopia_rl.train.folder import claim, read_metrics
 from sotopia_rl.train.grpo import Policy, is_action, train_grpo
 from sotopia_rl.train.loading import load_tokenizer
+from sotopia_rl.train.publish import finished_before
 from sotopia_rl.train.rollout import sample_here
 from sotopia_rl.train.trl_grpo import make_trainer
 from sotopia_rl.train.utterance_reward import PROMPT_IDS, UtteranceReward
-from training_settings import GRPO
+from training_settings import GRPO, RM, SFT
 
 VALID = '{"action_type": "speak", "argument": "What about $50?"}'
 
@@ -140,6 +146,27 @@ def test_the_curves_that_tell_of_collapse_and_hacking_are_all_there(grpo_adapter
     assert all(wanted <= set(line) for line in lines)
 
 
+def test_every_metric_that_the_report_draws_is_written_by_a_training_stage(
+    rows: Path, base: Path, sft_adapter: Path, reward_adapter: Path, tmp_path: Path
+) -> None:
+    judged = {"score": 5.0, **dict.fromkeys(monitor.CURVES, 1.0)}
+    train_grpo(
+        rows,
+        base,
+        sft_adapter,
+        reward_adapter,
+        GRPO.model_copy(update={"max_steps": 1, "eval_every": 1}),
+        tmp_path,
+        eval_hook=lambda step, policy: judged,
+        leaks_secret=lambda row, text: False,
+    )
+    runs = (sft_adapter.parent, reward_adapter.parent, tmp_path)
+    written = {name for run in runs for line in read_metrics(run / "metrics.jsonl") for name in line}
+    assert {name for _, labels in CURVES for name in labels} <= written
+    drawn = {chart.title for run in runs for chart in curve_view(read_metrics(run / "metrics.jsonl")).charts}
+    assert drawn == {title for title, _ in CURVES}
+
+
 def test_the_result_is_the_policy_alone(base: Path, grpo_adapter: Path) -> None:
     assert not any(folder.is_dir() for folder in grpo_adapter.iterdir())
     model = load_policy(base, grpo_adapter, load_tokenizer(base), GRPO)
@@ -161,6 +188,41 @@ def test_a_run_stopped_in_the_middle_ends_like_an_unbroken_one(
     assert all(torch.equal(weights[name], unbroken[name]) for name in unbroken)
     assert not any(torch.equal(tensor, load_peft_weights(str(sft_adapter))[name]) for name, tensor in weights.items())
     assert comparable(tmp_path / "metrics.jsonl") == comparable(grpo_adapter.parent / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "grpo"])
+def test_a_finished_command_says_so_without_loading_torch(
+    rows: Path,
+    base: Path,
+    sft_adapter: Path,
+    reward_adapter: Path,
+    grpo_adapter: Path,
+    tmp_path: Path,
+    stage: str,
+) -> None:
+    result, settings, inputs = {
+        "sft": (sft_adapter, SFT, ["--rows", rows]),
+        "rm": (reward_adapter, RM, ["--rows", rows]),
+        "grpo": (grpo_adapter, GRPO, ["--prompts", rows, "--policy", sft_adapter, "--reward-model", reward_adapter]),
+    }[stage]
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    program = (
+        "import sys; from sotopia_rl.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*(name for name in ('torch', 'transformers', 'scipy') if name in sys.modules), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, stage, *inputs, "--base", base, "--output", result.parent]
+    found = subprocess.run([*map(str, command), "--config", str(config)], capture_output=True, text=True, check=True)
+    assert str(result) in found.stdout
+    assert found.stderr == f"{result.parent}: finished already, nothing to train\n\n"
+
+
+def test_a_finished_folder_is_no_answer_to_other_rows(rows: Path, base: Path, sft_adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="rows is not what it was"):
+        finished_before("sft", SFT, sft_adapter.parent, rows=base / "config.json", base=base)
+    with pytest.raises(ConfigError, match=r"settings\.lora_r was 8, now 4"):
+        finished_before("sft", SFT.model_copy(update={"lora_r": 4}), sft_adapter.parent, rows=rows, base=base)
 
 
 def test_a_judge_beside_the_training_does_not_change_it(

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from sotopia_rl.episode import Episode
 from sotopia_rl.errors import SotopiaRLError
-from sotopia_rl.paper import Annotated, EpisodeFile, Summary, read_annotated, write_reply_file, write_reward_file
+from sotopia_rl.paper import EpisodeFile, Summary
+from sotopia_rl.paper_rows import Annotated, read_annotated, write_reply_file, write_reward_file
 
 
 def run(args: argparse.Namespace) -> str:

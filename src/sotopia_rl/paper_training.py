@@ -2,7 +2,7 @@
 
 Each flag is a line of a table: the setting it becomes, or what is said where it has no meaning here. Their rows,
 `input, output[, value]`, become ours; the results are linked where the next script looks for them. No torch here until
-training starts. How the rows are made is in `paper.py`.
+training starts. How the rows are made is in `paper.py` and `paper_rows.py`.
 """
 
 from __future__ import annotations

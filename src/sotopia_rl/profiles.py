@@ -257,8 +257,9 @@ class _Row(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _AgentRow(_Row):
-    agent_id: str = Field(min_length=1)
+class CharacterFields(_Row):
+    """What a published profile says of a character, its id apart."""
+
     first_name: str
     last_name: str
     age: int = Field(default=0, ge=0)
@@ -273,6 +274,10 @@ class _AgentRow(_Row):
     decision_making_style: str = ""
     secret: str = ""
     mbti: str = ""
+
+
+class _AgentRow(CharacterFields):
+    agent_id: str = Field(min_length=1)
 
     def character(self) -> Character:
         lists = ("moral_values", "schwartz_personal_values")  # published as ["Care", " Fairness"]

@@ -52,6 +52,9 @@ GUARDS: dict[str, Metric] = {
 }
 METRICS: dict[str, Metric] = SCORES | GUARDS
 
+HEADLINE = ("goal", "overall")
+"""What an answer, a picture and whatever costs time is about: the first of these that is there."""
+
 
 class EvaluateConfig(Config):
     """How comparisons are computed."""

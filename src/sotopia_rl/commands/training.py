@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 from cyclopts.types import ExistingFile
 
 from sotopia_rl.commands.flags import Flags, resolve
-from sotopia_rl.console import bars, out
+from sotopia_rl.console import bars, err, out
 from sotopia_rl.episode import AgentSpec, Sampling
 from sotopia_rl.errors import ConfigError
 from sotopia_rl.judge import JudgeConfig
+from sotopia_rl.llm.open import resolve_model_folder
 from sotopia_rl.manifest import load_manifest
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.tally import StepWatch, step_watch
-from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings
+from sotopia_rl.train.config import GRPOSettings, RewardModelSettings, SFTSettings, TrainerSettings
 from sotopia_rl.train.processes import is_main
+from sotopia_rl.train.publish import finished_before
 
 if TYPE_CHECKING:
     from sotopia_rl.monitor import Monitor
@@ -50,11 +52,13 @@ def sft(
     """
     (settings,) = resolve(config, settings)
 
-    from sotopia_rl.llm.open import resolve_model_folder
-    from sotopia_rl.train.sft import train_sft
+    model = resolve_model_folder(base)
+    result = _finished("sft", settings, output, rows=rows, base=model)
+    if result is None:
+        from sotopia_rl.train.sft import train_sft
 
-    with _steps("sft") as progress:
-        result = train_sft(rows, resolve_model_folder(base), settings, output, resume=resume, progress=progress)
+        with _steps("sft") as progress:
+            result = train_sft(rows, model, settings, output, resume=resume, progress=progress)
     _say(f"{result.name:<7} {result}")
 
 
@@ -84,13 +88,13 @@ def rm(
     """
     (settings,) = resolve(config, settings)
 
-    from sotopia_rl.llm.open import resolve_model_folder
-    from sotopia_rl.train.reward_model import train_reward_model
+    model = resolve_model_folder(base)
+    result = _finished("rm", settings, output, rows=rows, base=model)
+    if result is None:
+        from sotopia_rl.train.reward_model import train_reward_model
 
-    with _steps("reward model") as progress:
-        result = train_reward_model(
-            rows, resolve_model_folder(base), settings, output, resume=resume, progress=progress
-        )
+        with _steps("reward model") as progress:
+            result = train_reward_model(rows, model, settings, output, resume=resume, progress=progress)
     _say(f"adapter {result}\nreport  {output / 'report.json'}")
 
 
@@ -139,22 +143,26 @@ def grpo(
     """
     (settings,) = resolve(config, settings)
 
-    from sotopia_rl.llm.open import resolve_model_folder
-    from sotopia_rl.train.grpo import train_grpo
+    model = resolve_model_folder(base)
+    result = _finished(
+        "grpo", settings, output, prompts=prompts, base=model, sft_adapter=policy, reward_adapter=reward_model
+    )
+    if result is None:
+        from sotopia_rl.train.grpo import train_grpo
 
-    monitor = None if validation is None else _monitor(validation, judge, partner or [], prompt_profile, settings)
-    with _steps("grpo") as progress:
-        result = train_grpo(
-            prompts,
-            resolve_model_folder(base),
-            policy,
-            reward_model,
-            settings,
-            output,
-            resume=resume,
-            progress=progress,
-            eval_hook=None if monitor is None else monitor.hook(output),
-        )
+        monitor = None if validation is None else _monitor(validation, judge, partner or [], prompt_profile, settings)
+        with _steps("grpo") as progress:
+            result = train_grpo(
+                prompts,
+                model,
+                policy,
+                reward_model,
+                settings,
+                output,
+                resume=resume,
+                progress=progress,
+                eval_hook=None if monitor is None else monitor.hook(output),
+            )
     _say(f"adapter {result}")
 
 
@@ -187,6 +195,14 @@ def _say(text: str) -> None:
     """Once, however many processes train."""
     if is_main():
         out.print(text)
+
+
+def _finished(stage: str, settings: TrainerSettings, output: Path, **paths: Path) -> Path | None:
+    """The result of a run that is over already; torch, which takes seconds to come in, is not needed to say so."""
+    result = finished_before(stage, settings, output, **paths)
+    if result is not None and is_main():
+        err.print(f"{output}: finished already, nothing to train", markup=False, soft_wrap=True)
+    return result
 
 
 @contextmanager

@@ -71,6 +71,10 @@ class Cell:
         return f"{self.system!r} has {summary.scored} scores of {summary.planned} ({causes})"
 
 
+Cells = Mapping[tuple[str, Setting], Cell]
+"""By system and setting."""
+
+
 def metrics_of(episode: Episode, rating: Rating, seat: Seat) -> dict[str, float]:
     """Scores and guards of one seat. A guard that has no meaning in this episode is absent."""
     points = rating.points(seat)

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from sotopia_rl.episode import Episode, Rating, Record, other
-from sotopia_rl.evaluate.cells import PairKey
 from sotopia_rl.evaluate.folder import Evaluation, Plan, load_evaluation, store_path
-from sotopia_rl.evaluate.matrix import STORE, MatrixResults, load_matrix, matrix_results
+from sotopia_rl.evaluate.matrix import (
+    SEATS,
+    STORE,
+    MatrixResults,
+    boards,
+    boards_left_out,
+    load_matrix,
+    matrix_results,
+    talks_of,
+)
 from sotopia_rl.evaluate.whole import pooled_cells
 from sotopia_rl.manifest import load_manifest
 from sotopia_rl.results import Results, load_results
@@ -49,7 +57,9 @@ def recomputed(folder: Path, plan: Plan) -> tuple[Results | MatrixResults, list[
     manifest = load_manifest(folder / "manifest.json")
     again = matrix_results(folder, plan, manifest, metric=matrix.metric, tie_margin=matrix.tie_margin)
     again = again.model_copy(update={"package_version": matrix.package_version})
-    return matrix, list(_differing("matrix.json", matrix, again))
+    if unlike := list(_differing("matrix.json", matrix, again)):
+        unlike = [*_lacking_talks(folder, plan, matrix), *unlike]
+    return matrix, unlike
 
 
 def other_players(folder: Path, plan: Plan) -> list[str]:
@@ -117,14 +127,35 @@ def _lacking(found: Evaluation, results: Results) -> Iterator[str]:
         if cell is None:
             yield f"{file}: no {stated.setting} episode in it, results.json states {stated.scored} with a score"
             continue
-        by_cause: dict[str, list[PairKey]] = {}
-        for key, cause in sorted(cell.failed.items()):
-            by_cause.setdefault(cause, []).append(key)
-        for cause, keys in by_cause.items():
-            count = stated.failures.get(cause, 0)
-            if len(keys) > count:
-                pairs = _listed([f"match {match} against {partner}" for match, partner in keys])
-                yield f"{file}: {stated.setting}, {cause}: {len(keys)}, results.json states {count}: {pairs}"
+        by_cause: dict[str, list[str]] = {}
+        for (match, partner), cause in sorted(cell.failed.items()):
+            by_cause.setdefault(cause, []).append(f"match {match} against {partner}")
+        yield from _uncounted(f"{file}: {stated.setting}", by_cause, "results.json", stated.failures)
+
+
+def _lacking_talks(folder: Path, plan: Plan, matrix: MatrixResults) -> Iterator[str]:
+    """Conversations without a score that their meeting does not count as such."""
+    manifest = load_manifest(folder / "manifest.json")
+    talks, played = talks_of(folder, plan, manifest), boards(manifest)
+    for meeting in matrix.meetings:
+        a, b = meeting.system_a, meeting.system_b
+        if not {a, b} <= plan.systems.keys():
+            continue  # a row that the episodes do not give
+        by_cause: dict[str, list[str]] = {}
+        for board, cause in boards_left_out(a, b, played, talks).items():
+            lacking = [first for first, second in ((a, b), (b, a)) if talks[board, first, second].cause]
+            by_cause.setdefault(cause, []).append(f"match {board} with {' and '.join(lacking)} in the first seat")
+        stated = {cause: count // len(SEATS) for cause, count in meeting.left_out.items()}
+        yield from _uncounted(f"episodes/matrix.jsonl: {a} - {b}", by_cause, "matrix.json", stated)
+
+
+def _uncounted(
+    where: str, by_cause: Mapping[str, Sequence[str]], claim: str, stated: Mapping[str, int]
+) -> Iterator[str]:
+    """Causes that are there more often than is stated, with what lacks its score for them."""
+    for cause, names in by_cause.items():
+        if len(names) > (count := stated.get(cause, 0)):
+            yield f"{where}, {cause}: {len(names)}, {claim} states {count}: {_listed(names)}"
 
 
 def _differing(file: str, stated: Record, ours: Record) -> Iterator[str]:

@@ -27,6 +27,7 @@ from sotopia_rl.prompts import template_sha256
 from sotopia_rl.results import EvaluateConfig, Results
 from sotopia_rl.simulate import SimulateConfig
 from sotopia_rl.store import open_store
+from sotopia_rl.store.interface import episode_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
@@ -299,7 +300,7 @@ def _played(folder: Path, plan: Plan, system: str, manifest: Manifest, cost: dic
             manifest,
             episodes,
             ratings[judge],
-            {item.partition("/")[0]: f for _, item, f in failures if item.partition("/")[2] == judge},
+            {episode_of(item): f for _, item, f in failures if item == f"{episode_of(item)}/{judge}"},
             [r for r in again if r.judge == judge],
         )
         for judge in plan.judges

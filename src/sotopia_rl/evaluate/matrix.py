@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from sotopia_rl.evaluate.play import lacks, refuse_silent
 from sotopia_rl.files import read_text
 from sotopia_rl.llm.open import ModelPool
 from sotopia_rl.manifest import Manifest
-from sotopia_rl.ranking import groups, rank
+from sotopia_rl.ranking import Strength, groups, rank
 from sotopia_rl.results import Effect
 from sotopia_rl.simulate import Pairing, episode_id
 from sotopia_rl.statistics import paired_difference
@@ -161,7 +161,7 @@ async def play_matrix(
 
 
 @dataclass(frozen=True)
-class _Talk:
+class Talk:
     """A conversation: by seat its metrics, the mean over the judges; or why there are none."""
 
     episode: Episode | None
@@ -190,32 +190,29 @@ def matrix_results(
     Raises:
         EvaluationError: No such metric; or the systems fall into groups that share no scored board.
     """
-    talks = _talks(folder, plan, manifest)
+    talks = talks_of(folder, plan, manifest)
     _check_metric(metric, talks)
+    played = boards(manifest)
     meetings, ballots, clusters = [], [], []
     for a, b in combinations(plan.systems, 2):
-        found, left_out = _compared(a, b, manifest, talks, metric)
+        found = _compared(a, b, played, talks, metric)
+        causes = Counter(boards_left_out(a, b, played, talks).values())
         scores = [_score(c, tie_margin) for c in found]
         ballots += [(a, b, score) for score in scores]
         clusters += [c.scenario for c in found]
         if found:
-            meetings.append(_meeting(a, b, found, scores, left_out))
+            meetings.append(_meeting(a, b, found, scores, {cause: n * len(SEATS) for cause, n in causes.items()}))
     _check_connected(list(plan.systems), meetings, talks)
     strengths = rank(ballots, clusters, confidence=CONFIDENCE)
-    standings = [
-        _standing(name, plan.systems[name], meetings, talks, metric)
-        | {"strength": s.value, "low": s.low, "high": s.high}
-        for name, s in strengths.items()
-    ]
     return MatrixResults(
         manifest=manifest.name,
         manifest_sha256=manifest.sha256,
-        num_boards=len(boards(manifest)),
+        num_boards=len(played),
         num_scenarios=manifest.num_scenarios,
         metric=metric,
         tie_margin=tie_margin,
         judges=plan.judges,
-        standings=tuple(Standing.model_validate(s) for s in standings),
+        standings=tuple(_standing(name, plan, s, meetings, talks, metric=metric) for name, s in strengths.items()),
         meetings=tuple(meetings),
         package_version=__version__,
     )
@@ -232,11 +229,12 @@ def matrix_provenance(folder: Path, plan: Plan) -> dict[str, object]:
     return provenance(plan, episodes, cost)
 
 
-Talks = Mapping[tuple[str, str, str], _Talk]
+Talks = Mapping[tuple[str, str, str], Talk]
 """By board, system in the first seat, system in the second."""
 
 
-def _talks(folder: Path, plan: Plan, manifest: Manifest) -> Talks:
+def talks_of(folder: Path, plan: Plan, manifest: Manifest) -> Talks:
+    """Every conversation that was to be held, as the judges see it."""
     with closing(open_store(folder / STORE, create=False)) as store:
         episodes = {e.id: e for e in store.episodes(EpisodeQuery(tag=TAG))}
         ratings: dict[str, dict[str, Rating]] = {}
@@ -245,31 +243,31 @@ def _talks(folder: Path, plan: Plan, manifest: Manifest) -> Talks:
         failed = {item: failure.kind for _, item, failure in store.failures("judge")}
     specs = {name: plan.spec(model) for name, model in plan.systems.items()}
     found = {}
-    for first, second in ((x, y) for pair in combinations(specs, 2) for x, y in (pair, pair[::-1])):
-        for board in boards(manifest):
-            pairing = Pairing(match=board, agents=(specs[first], specs[second]))
-            key = episode_id(pairing, tag=TAG, config=plan.simulate)
-            found[board.id, first, second] = _talk(episodes.get(key), ratings.get(key, {}), plan.judges, failed)
+    both_ways = ((x, y) for pair in combinations(specs, 2) for x, y in (pair, pair[::-1]))
+    for (first, second), board in product(both_ways, boards(manifest)):
+        pairing = Pairing(match=board, agents=(specs[first], specs[second]))
+        key = episode_id(pairing, tag=TAG, config=plan.simulate)
+        found[board.id, first, second] = _talk(episodes.get(key), ratings.get(key, {}), plan.judges, failed)
     return found
 
 
 def _talk(
     episode: Episode | None, ratings: Mapping[str, Rating], judges: Sequence[str], failed: Mapping[str, str]
-) -> _Talk:
+) -> Talk:
     if episode is None:
-        return _Talk(None, None, "not played")
+        return Talk(None, None, "not played")
     if episode.failure is not None:
-        return _Talk(episode, None, f"{episode.status}: {episode.failure.kind}")
+        return Talk(episode, None, f"{episode.status}: {episode.failure.kind}")
     for judge in judges:
         if judge not in ratings:
             kind = failed.get(f"{episode.id}/{judge}")
-            return _Talk(episode, None, f"judge failed: {kind}" if kind else f"not judged ({judge})")
+            return Talk(episode, None, f"judge failed: {kind}" if kind else f"not judged ({judge})")
     by_seat = []
     for seat in SEATS:
         every = [metrics_of(episode, ratings[judge], seat) for judge in judges]
         shared = [m for m in every[0] if all(m in metrics for metrics in every)]
         by_seat.append({m: float(np.mean([metrics[m] for metrics in every])) for m in shared})
-    return _Talk(episode, (by_seat[0], by_seat[1]))
+    return Talk(episode, (by_seat[0], by_seat[1]))
 
 
 def _check_metric(metric: str, talks: Talks) -> None:
@@ -278,20 +276,22 @@ def _check_metric(metric: str, talks: Talks) -> None:
         raise EvaluationError(f"there is no metric {metric!r}; the judges gave {', '.join(sorted(scored[0]))}")
 
 
-def _compared(a: str, b: str, manifest: Manifest, talks: Talks, metric: str) -> tuple[list[_Comparison], Counter[str]]:
-    """Both seats of every board; and what is missing, by cause."""
-    found, left_out = [], Counter[str]()
-    for board in boards(manifest):
-        forward, backward = talks[board.id, a, b], talks[board.id, b, a]
-        if forward.metrics is None or backward.metrics is None:
-            left_out[forward.cause or backward.cause] += len(SEATS)
-            continue
-        for seat in SEATS:  # a sits here in one of the two conversations, b in the other
-            of_a, of_b = (forward, backward) if seat == 0 else (backward, forward)
-            if of_a.metrics is not None and of_b.metrics is not None:
-                scores = of_a.metrics[seat][metric], of_b.metrics[seat][metric]
-                found.append(_Comparison(board.scenario.id, *scores))
-    return found, left_out
+def boards_left_out(a: str, b: str, played: Sequence[Match], talks: Talks) -> dict[str, str]:
+    """Boards on which two systems are not compared, by id with the cause: one of their conversations has no score."""
+    causes = {board.id: talks[board.id, a, b].cause or talks[board.id, b, a].cause for board in played}
+    return {board: cause for board, cause in causes.items() if cause}
+
+
+def _compared(a: str, b: str, played: Sequence[Match], talks: Talks, metric: str) -> list[_Comparison]:
+    """Both seats of every board whose two conversations have scores."""
+    found = []
+    for board in played:
+        forward, backward = talks[board.id, a, b].metrics, talks[board.id, b, a].metrics
+        if forward is not None and backward is not None:
+            # a sits at the first seat in one of the two conversations, at the second in the other
+            found.append(_Comparison(board.scenario.id, forward[0][metric], backward[0][metric]))
+            found.append(_Comparison(board.scenario.id, backward[1][metric], forward[1][metric]))
+    return found
 
 
 def _score(c: _Comparison, tie_margin: float) -> float:
@@ -332,21 +332,25 @@ def _check_connected(systems: Sequence[str], meetings: Sequence[Meeting], talks:
 
 
 def _standing(
-    name: str, model: str, meetings: Sequence[Meeting], talks: Talks, metric: str
-) -> dict[str, str | float | int | None]:
+    name: str, plan: Plan, strength: Strength, meetings: Sequence[Meeting], talks: Talks, *, metric: str
+) -> Standing:
     own = [
         (talk.metrics, SEATS[0] if first == name else SEATS[1])
         for (_, first, second), talk in talks.items()
         if talk.metrics is not None and name in {first, second}
     ]
     words = [m[seat]["words_per_utterance"] for m, seat in own if "words_per_utterance" in m[seat]]
-    return {
-        "system": name,
-        "model": model,
-        "won": sum(m.won if m.system_a == name else m.lost for m in meetings if name in {m.system_a, m.system_b}),
-        "tied": sum(m.tied for m in meetings if name in {m.system_a, m.system_b}),
-        "lost": sum(m.lost if m.system_a == name else m.won for m in meetings if name in {m.system_a, m.system_b}),
-        "mean": float(np.mean([m[seat][metric] for m, seat in own])),
-        "mean_of_both": float(np.mean([(m[seat][metric] + m[other(seat)][metric]) / 2 for m, seat in own])),
-        "words_per_utterance": float(np.mean(words)) if words else None,
-    }
+    met = [m for m in meetings if name in {m.system_a, m.system_b}]
+    return Standing(
+        system=name,
+        model=plan.systems[name],
+        strength=strength.value,
+        low=strength.low,
+        high=strength.high,
+        won=sum(m.won if m.system_a == name else m.lost for m in met),
+        tied=sum(m.tied for m in met),
+        lost=sum(m.lost if m.system_a == name else m.won for m in met),
+        mean=float(np.mean([m[seat][metric] for m, seat in own])),
+        mean_of_both=float(np.mean([(m[seat][metric] + m[other(seat)][metric]) / 2 for m, seat in own])),
+        words_per_utterance=float(np.mean(words)) if words else None,
+    )

@@ -15,15 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sotopia_rl.agreement import Label, agreement
-from sotopia_rl.evaluate.cells import Cell, PairKey
+from sotopia_rl.evaluate.cells import Cell, Cells, PairKey
 from sotopia_rl.evaluate.paired import shared_keys
-from sotopia_rl.results import SCORES, Component, JudgeAgreement, JudgeNoise, Spread
+from sotopia_rl.results import SCORES, SETTINGS, Component, JudgeAgreement, JudgeNoise, Spread
 from sotopia_rl.statistics import cluster_index, paired_difference
 from sotopia_rl.variance import Floats, Labels, half_squared_difference, jackknife
-
-CellKey = tuple[str, str]
-"""(system, setting)."""
-Cells = Mapping[CellKey, Cell]
 
 
 def judge_agreement(by_judge: Mapping[str, Cells], scenario_of: Mapping[str, str]) -> list[JudgeAgreement]:
@@ -269,7 +265,7 @@ def spreads(
 ) -> Iterator[Spread]:
     """One table per comparison and setting in which every judge saw both systems."""
     for a, b in comparisons:
-        for setting in ("sampled", "greedy"):
+        for setting in SETTINGS:
             a_and_b = {
                 judge: (cells[a, setting], cells[b, setting])
                 for judge, cells in by_judge.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 from sotopia_rl import stages
@@ -67,28 +68,24 @@ async def judge(
     Args:
         judges: Only these; all of the plan's by default. One that has nothing left to rate is not opened.
     """
+    rounds = [(name, again) for name in judges or plan.judges for again in range(1, plan.judgements.get(name, 1) + 1)]
     tallies = []
-    for system in plan.systems:
+    for system, (name, again) in product(plan.systems, rounds):
         query = EpisodeQuery(tag=system, status="completed")
-        with closing(open_store(store_path(folder, system), create=False)) as episodes:
+        with (
+            closing(open_store(store_path(folder, system), create=False)) as episodes,
+            closing(open_store(store_path(folder, system, again))) as target,
+        ):
             meant = episodes.ids(query)
-            for name in judges or plan.judges:
-                for again in range(1, plan.judgements.get(name, 1) + 1):
-                    with closing(open_store(store_path(folder, system, again))) as target:
-                        if set(meant) <= target.rated_ids(name):
-                            tally = Tally("judgements", total=0, skipped=len(meant))
-                        else:
-                            tally = await stages.judge_into(
-                                episodes,
-                                target,
-                                query,
-                                pool.get(name),
-                                config=_asked(plan.judging, again),
-                                limit=plan.judging.concurrency,
-                                watch=watch,
-                            )
-                    tally.stage = f"judgements of {system} by {name}" + (f", time {again}" if again > 1 else "")
-                    tallies.append(tally)
+            if set(meant) <= target.rated_ids(name):
+                tally = Tally("judgements", total=0, skipped=len(meant))
+            else:
+                config = _asked(plan.judging, again)
+                tally = await stages.judge_into(
+                    episodes, target, query, pool.get(name), config=config, limit=config.concurrency, watch=watch
+                )
+        tally.stage = f"judgements of {system} by {name}" + (f", time {again}" if again > 1 else "")
+        tallies.append(tally)
     return tallies
 
 

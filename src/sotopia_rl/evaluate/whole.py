@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from sotopia_rl import __version__
 from sotopia_rl.errors import EvaluationError
-from sotopia_rl.evaluate.cells import NOT_JUDGED, Cell, Played, cause_of, cell_of, partner_of, pooled
-from sotopia_rl.evaluate.noise import CellKey, judge_agreement, judge_noise, spreads
+from sotopia_rl.evaluate.cells import NOT_JUDGED, Cell, Cells, Played, cause_of, cell_of, partner_of, pooled
+from sotopia_rl.evaluate.noise import judge_agreement, judge_noise, spreads
 from sotopia_rl.evaluate.paired import LENGTH, by_scenario, compare, decompose, shared_keys
 from sotopia_rl.manifest import Manifest
 from sotopia_rl.results import (
+    HEADLINE,
     SCORES,
     SETTINGS,
+    Decomposition,
     EvaluateConfig,
     LengthPoints,
     Part,
@@ -25,10 +27,6 @@ from sotopia_rl.results import (
 
 Panel = Mapping[str, Sequence[Played]]
 """By judge, one `Played` per system."""
-Cells = dict[CellKey, Cell]
-
-HEADLINE = ("goal", "overall")
-"""The metric of pictures and of what costs time: the first of these that is there."""
 
 
 def evaluate(
@@ -78,18 +76,13 @@ def evaluate_panel(
     played = next(iter(panel.values()))
     _check_names(played, comparisons)
     manifest = _same_manifest(played)
-    for judge, by_system in panel.items():
-        if (rated_by := _one_judge(by_system, judge)) != judge:
-            raise EvaluationError(f"ratings by {rated_by} stand under judge {judge}")
+    _check_judges(panel)
     met = tuple(partners) or tuple(sorted({partner_of(e) for p in played for e in p.episodes}))
     by_judge = {judge: _cells(by_system, met, judge) for judge, by_system in panel.items()}
     cells = _pooled(by_judge)
     scenario_of = {m.id: m.scenario.id for m in manifest.matches}
-    settings = {pair: _settings(cells, *pair) for pair in comparisons}
-    ab = [(cells[a, s], cells[b, s]) for (a, b), asked in settings.items() for s in asked if _share(cells, a, b, s)]
-    unpaired = [(a, b, s) for (a, b), asked in settings.items() for s in asked if not _share(cells, a, b, s)]
-    if unpaired and not ab:
-        raise EvaluationError("; ".join(_why_unpaired(cells, *missing) for missing in unpaired))
+    asked = list(dict.fromkeys(comparisons))
+    ab, unpaired = _paired(cells, asked)
     headline = _headline(cells)
     return Results(
         manifest=manifest.name,
@@ -104,12 +97,7 @@ def evaluate_panel(
         rows=tuple(row for a, b in ab for row in compare(a, b, scenario_of, config=config)),
         unpaired=tuple(_unpaired(cells, *missing) for missing in unpaired),
         systems=tuple(cell.summary() for cell in cells.values()),
-        decompositions=tuple(
-            found
-            for pair, asked in settings.items()
-            if all((name, s) in cells for name in pair for s in SETTINGS)
-            for found in decompose([cells[n, s] for n in pair for s in SETTINGS], scenario_of, config=config)
-        ),
+        decompositions=tuple(_decompositions(cells, asked, scenario_of, config)),
         parts=tuple(_parts(by_judge, ab, met, scenario_of, config)),
         scenarios=tuple(_scenarios(ab, manifest, scenario_of, headline)),
         lengths=tuple(_lengths(cells, headline)),
@@ -127,6 +115,12 @@ def _check_names(played: Sequence[Played], comparisons: Sequence[tuple[str, str]
         raise EvaluationError(f"{len(played)} systems have {len(names)} different names; name each once")
     if unknown := {name for pair in comparisons for name in pair} - names:
         raise EvaluationError(f"no episodes for {sorted(unknown)}; there are {sorted(names)}")
+
+
+def _check_judges(panel: Panel) -> None:
+    for judge, played in panel.items():
+        if (rated_by := _one_judge(played, judge)) != judge:
+            raise EvaluationError(f"ratings by {rated_by} stand under judge {judge}")
 
 
 def _same_manifest(played: Sequence[Played]) -> Manifest:
@@ -170,6 +164,21 @@ def pooled_cells(panel: Panel, partners: Sequence[str]) -> Cells:
     return _pooled({judge: _cells(by_system, partners, judge) for judge, by_system in panel.items()})
 
 
+def _paired(
+    cells: Cells, comparisons: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[Cell, Cell]], list[tuple[str, str, Setting]]]:
+    """Both sides of every comparison that has a scored pair, setting by setting; and the comparisons that have none.
+
+    Raises:
+        EvaluationError: None has one. With counts.
+    """
+    asked = [(a, b, setting) for a, b in comparisons for setting in _settings(cells, a, b)]
+    unpaired = [comparison for comparison in asked if not _share(cells, *comparison)]
+    if unpaired and len(unpaired) == len(asked):
+        raise EvaluationError("; ".join(_why_unpaired(cells, *comparison) for comparison in unpaired))
+    return [(cells[a, s], cells[b, s]) for a, b, s in asked if _share(cells, a, b, s)], unpaired
+
+
 def _settings(cells: Cells, a: str, b: str) -> list[Setting]:
     """In which two systems are compared: where both played, else where one of them did."""
     played = [[s for s in SETTINGS if (name, s) in cells] for name in (a, b)]
@@ -193,6 +202,16 @@ def _why_unpaired(cells: Cells, a: str, b: str, setting: Setting) -> str:
 def _headline(cells: Cells) -> str:
     present = {metric for cell in cells.values() for scores in cell.scored.values() for metric in scores}
     return next((metric for metric in HEADLINE if metric in present), HEADLINE[-1])
+
+
+def _decompositions(
+    cells: Cells, comparisons: Sequence[tuple[str, str]], scenario_of: Mapping[str, str], config: EvaluateConfig
+) -> Iterator[Decomposition]:
+    """Which part of a gain is less noise in sampling, where both systems played in every setting."""
+    for pair in comparisons:
+        places = [(name, setting) for name in pair for setting in SETTINGS]
+        if all(place in cells for place in places):
+            yield from decompose([cells[place] for place in places], scenario_of, config=config)
 
 
 def _parts(

@@ -16,7 +16,7 @@ MAX_POINTS = 300
 
 CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Loss", {"loss": "training", "eval_loss": "held out"}),
-    ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"}),
+    ("Token accuracy", {"token_accuracy": "training", "eval_token_accuracy": "held out"}),
     ("Reward", {"reward": "after the validity gate", "reward_model_score": "by the reward model"}),
     (
         "Judge, validation matches",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Effect, Results, Row, Setting, Unpaired
+from sotopia_rl.results import HEADLINE, METRICS, SETTINGS, Decomposition, Effect, Results, Row, Setting, Unpaired
 
 PLAYED: dict[Setting, str] = {"sampled": "when both sample", "greedy": "when both play greedily"}
 
@@ -59,7 +59,7 @@ def is_clear(effect: Row | Effect) -> bool:
 def headline_metric(results: Results) -> str:
     """Goal where there is one, else overall, else the first metric."""
     present = {row.metric for row in results.rows}
-    return next((m for m in ("goal", "overall") if m in present), results.rows[0].metric)
+    return next((m for m in HEADLINE if m in present), results.rows[0].metric)
 
 
 def comparisons(results: Results) -> list[tuple[str, str]]:

@@ -26,7 +26,17 @@ from sotopia_rl.report.charts import Chart, Span, forest, slopes
 from sotopia_rl.report.curves import Curve, curve_views
 from sotopia_rl.report.pictures import length_charts, scenario_charts
 from sotopia_rl.report.reward_model import reward_model_views
-from sotopia_rl.results import METRICS, SETTINGS, Decomposition, Results, Row, Setting, SystemSummary, Unpaired
+from sotopia_rl.results import (
+    HEADLINE,
+    METRICS,
+    SETTINGS,
+    Decomposition,
+    Results,
+    Row,
+    Setting,
+    SystemSummary,
+    Unpaired,
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def comparison_views(results: Results) -> list[ComparisonView]:
                 b=b,
                 scores=[_metric_view(m, rows[m], reach, ticks=m == scores[-1]) for m in scores],
                 guards=[_metric_view(m, rows[m], _reach(rows[m]), ticks=False) for m in guards],
-                splits=[d for d in splits if d.metric in ("goal", "overall")],
+                splits=[d for d in splits if d.metric in HEADLINE],
                 headline=headline,
                 failed=[row for row in headline if row.num_excluded],
                 unpaired=wording.unpaired_of(results, a, b),
@@ -247,7 +257,7 @@ def own_figures(results: Results) -> list[OwnFigure]:
     """Each system's mean of goal and overall, once per setting."""
     found: dict[tuple[str, Setting, str], OwnFigure] = {}
     for row in results.rows:
-        if row.metric in {"goal", "overall"}:
+        if row.metric in HEADLINE:
             for system, mean in ((row.system_a, row.mean_a), (row.system_b, row.mean_b)):
                 figure = OwnFigure(system, row.setting, row.metric, mean, row.num_pairs)
                 found.setdefault((system, row.setting, row.metric), figure)

@@ -112,9 +112,12 @@ class EpisodeStore(Protocol):
     (episode, judge), an attribution's is (episode, seat, dimension, method, annotator), a failure's is
     (stage, item id). Where the replaced episode holds another conversation, its ratings and attributions
     go with it, because they speak of words that no longer exist.
+
+    What has a body here is the same for every kind of store, which inherits it.
     """
 
-    def add_episode(self, episode: Episode) -> None: ...
+    def add_episode(self, episode: Episode) -> None:
+        self.add_episodes((episode,))
 
     def add_episodes(self, episodes: Iterable[Episode]) -> int:
         """Write many, some hundreds per transaction; how many were written."""
@@ -140,7 +143,8 @@ class EpisodeStore(Protocol):
         """Remove episodes with their ratings, attributions and failures, read or not; how many were there."""
         ...
 
-    def add_rating(self, rating: Rating) -> None: ...
+    def add_rating(self, rating: Rating) -> None:
+        self.add_ratings((rating,))
 
     def add_ratings(self, ratings: Iterable[Rating]) -> int: ...
 
@@ -148,7 +152,9 @@ class EpisodeStore(Protocol):
 
     def rated(self, query: EpisodeQuery = EVERYTHING, *, judge: str | None = None) -> Iterator[tuple[Episode, Rating]]:
         """Each episode with each of its ratings, by episode id and judge."""
-        ...
+        for episode in self.episodes(query):
+            for rating in self.ratings(episode.id, judge=judge):
+                yield episode, rating
 
     def rated_ids(self, judge: str) -> set[str]:
         """Episodes this judge has rated; what a resumed judge run leaves out."""
@@ -158,7 +164,8 @@ class EpisodeStore(Protocol):
         """Every judge with its number of ratings."""
         ...
 
-    def add_attribution(self, attribution: Attribution) -> None: ...
+    def add_attribution(self, attribution: Attribution) -> None:
+        self.add_attributions((attribution,))
 
     def add_attributions(self, attributions: Iterable[Attribution]) -> int: ...
 
@@ -188,11 +195,13 @@ class EpisodeStore(Protocol):
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def refuse_empty(store: EpisodeStore, query: EpisodeQuery) -> None:

@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from sotopia_rl.episode import Attribution, Episode, Failure, Rating, Record
 from sotopia_rl.errors import DataError, StoreError
@@ -19,6 +18,7 @@ from sotopia_rl.store.interface import (
     EVERYTHING,
     AttributionKey,
     EpisodeQuery,
+    EpisodeStore,
     EpisodeSummary,
     Original,
     conversation_sha256,
@@ -30,7 +30,7 @@ Key = tuple[str | int, ...]
 R = TypeVar("R", bound=Record)
 
 
-class JsonlStore:
+class JsonlStore(EpisodeStore):
     """An `EpisodeStore` in one file. Nothing is written, and no file made, before the first record is added.
 
     Raises:
@@ -110,9 +110,6 @@ class JsonlStore:
             if all(value in (None, part) for value, part in zip(chosen, key, strict=False))
         )
 
-    def add_episode(self, episode: Episode) -> None:
-        self._add((episode,))
-
     def add_episodes(self, episodes: Iterable[Episode]) -> int:
         return self._add(episodes)
 
@@ -141,28 +138,17 @@ class JsonlStore:
         known = [episode_id for episode_id in ids if episode_id in self._summaries]
         return self._add(Deletion(what="episode", key=(episode_id,)) for episode_id in known)
 
-    def add_rating(self, rating: Rating) -> None:
-        self._add((rating,))
-
     def add_ratings(self, ratings: Iterable[Rating]) -> int:
         return self._add(ratings)
 
     def ratings(self, episode_id: str | None = None, *, judge: str | None = None) -> Iterator[Rating]:
         return self._read(Rating, self._keys(Rating, episode_id, judge))
 
-    def rated(self, query: EpisodeQuery = EVERYTHING, *, judge: str | None = None) -> Iterator[tuple[Episode, Rating]]:
-        for episode in self.episodes(query):
-            for rating in self.ratings(episode.id, judge=judge):
-                yield episode, rating
-
     def rated_ids(self, judge: str) -> set[str]:
         return {str(key[0]) for key in self._keys(Rating, None, judge)}
 
     def judges(self) -> dict[str, int]:
         return dict(sorted(Counter(str(key[1]) for key in self._offsets[Rating]).items()))
-
-    def add_attribution(self, attribution: Attribution) -> None:
-        self._add((attribution,))
 
     def add_attributions(self, attributions: Iterable[Attribution]) -> int:
         return self._add(attributions)
@@ -197,14 +183,6 @@ class JsonlStore:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _key(record: Record) -> Key:

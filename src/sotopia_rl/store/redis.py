@@ -21,49 +21,36 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from types import TracebackType
-from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
-from pydantic import ValidationError
-
-from sotopia_rl.episode import SCHEMA_VERSION, Attribution, Episode, Failure, Rating, Record
-from sotopia_rl.errors import DamagedRecordError, DataError, MissingExtraError, StoreError
+from sotopia_rl.episode import Attribution, Episode, Failure, Rating
+from sotopia_rl.errors import DataError, StoreError
 from sotopia_rl.profiles import Profiles
 from sotopia_rl.store import sotopia_redis
 from sotopia_rl.store.interface import (
     EVERYTHING,
     AttributionKey,
     EpisodeQuery,
+    EpisodeStore,
     EpisodeSummary,
     Original,
     conversation_sha256,
     episode_of,
 )
+from sotopia_rl.store.records import batches, read_record
+from sotopia_rl.store.redis_server import OWN, RedisServer
 from sotopia_rl.store.sotopia_read import LeftOutError, read_document
 from sotopia_rl.store.sotopia_write import log_document
 from sotopia_rl.store.transfer import TransferReport
 
-try:
-    import redis
-except ImportError as error:
-    raise MissingExtraError("redis", "redis") from error
-
 logger = logging.getLogger(__name__)
 
-OWN = "sotopia-rl:"
 IDS, SUMMARIES, FAILURES, ORIGINALS = OWN + "ids", OWN + "summaries", OWN + "failures", OWN + "originals"
 LOGS = OWN + "logs"
-PAGE = 200
-
-R = TypeVar("R", bound=Record)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ class _Held:
     """There is an EpisodeLog, and it is not of our making."""
 
 
-class RedisStore:
+class RedisStore(EpisodeStore):
     """An `EpisodeStore` in SOTOPIA's Redis.
 
     Args:
@@ -92,79 +79,13 @@ class RedisStore:
     """
 
     def __init__(self, url: str = "") -> None:
-        url = url if urlsplit(url).netloc else os.environ.get("REDIS_OM_URL", "")
-        if not url:
-            raise StoreError("no Redis given; write redis://HOST:PORT, or set REDIS_OM_URL")
-        parts = urlsplit(url)
-        self.where = f"redis://{parts.hostname}:{parts.port or 6379}"  # without the password
-        if parts.path.strip("/") not in ("", "0"):
-            raise StoreError(f"{self.where}: search works in database 0 only; leave {parts.path!r} out of the address")
-        with self._errors_told():
-            self._db: Any = redis.Redis.from_url(url, decode_responses=True)
-            self._check_server()
-            self._check_version()
+        self._server = RedisServer(url)
+        self.where, self._db = self._server.where, self._server.db
+        with self._server.errors_told():
             sotopia_redis.create_indexes(self._db)
         report = self.adopt()
         if report.left_out:
             logger.warning("%s: some of sotopia's episodes cannot be represented here: %s", self.where, report)
-
-    def _check_server(self) -> None:
-        missing = []
-        for module, command in (("JSON", ("JSON.GET", OWN + "nothing")), ("search", ("FT._LIST",))):
-            try:
-                self._db.execute_command(*command)
-            except redis.exceptions.ResponseError as error:
-                if "unknown command" not in str(error):
-                    raise
-                missing.append(module)
-        if missing:
-            raise StoreError(
-                f"{self.where}: this Redis has no {' and no '.join(missing)} module; start Redis 8 or Redis Stack, "
-                "or load rejson.so and redisearch.so with --loadmodule"
-            )
-
-    def _check_version(self) -> None:
-        self._db.set(OWN + "schema_version", SCHEMA_VERSION, nx=True)
-        version = self._db.get(OWN + "schema_version")
-        if version != str(SCHEMA_VERSION):
-            raise StoreError(
-                f"{self.where}: the keys {OWN}* are of schema version {version}, this sotopia-rl reads version "
-                f"{SCHEMA_VERSION}; export them with the sotopia-rl that wrote them, or use another Redis"
-            )
-
-    @contextmanager
-    def _errors_told(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.exceptions.AuthenticationError as error:
-            raise StoreError(
-                f"{self.where}: Redis refuses the password; put it in the address or REDIS_OM_URL"
-            ) from error
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            raise StoreError(f"{self.where}: no Redis answers; start it, or check the address") from error
-        except redis.exceptions.RedisError as error:
-            told = (
-                "Redis is out of memory; raise maxmemory or free some"
-                if "maxmemory" in str(error)
-                else f"Redis: {error}"
-            )
-            raise StoreError(f"{self.where}: {told}") from error
-
-    @contextmanager
-    def _writing(self) -> Iterator[Any]:
-        """Commands that take effect together, or not at all."""
-        with self._errors_told():
-            pipeline = self._db.pipeline(transaction=True)
-            yield pipeline
-            pipeline.execute()
-
-    def _read(self, cls: type[R], text: str, what: str) -> R:
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "record"
-            raise DamagedRecordError(self.where, what, f"{place}: {first['msg']}") from error
 
     # Sotopia's own episodes
 
@@ -174,8 +95,8 @@ class RedisStore:
         Called when the store is opened; call it again to see what was written since.
         """
         report = TransferReport()
-        with self._errors_told():
-            for keys in _batches(self._db.scan_iter(match=f"{sotopia_redis.EPISODE_LOG}*", count=1000)):
+        with self._server.errors_told():
+            for keys in batches(self._db.scan_iter(match=f"{sotopia_redis.EPISODE_LOG}*", count=1000)):
                 ids = [key.removeprefix(sotopia_redis.EPISODE_LOG) for key in keys]
                 known = self._db.zmscore(IDS, ids)
                 self._adopt(
@@ -197,7 +118,7 @@ class RedisStore:
                 logger.warning("%s", error)
                 report.left_out["not an episode of sotopia's"] += 1
                 continue
-            with self._writing() as pipeline:
+            with self._server.writing() as pipeline:
                 _put_episode(pipeline, item.episode)
                 pipeline.hset(ORIGINALS, pk, "")
                 if item.rating:
@@ -208,7 +129,7 @@ class RedisStore:
 
     def profiles(self) -> Profiles:
         """Every character, scenario, combo and relationship that SOTOPIA keeps in this Redis."""
-        with self._errors_told():
+        with self._server.errors_told():
             return sotopia_redis.all_profiles(self._db)
 
     def _held(self, ids: Sequence[str]) -> dict[str, _Held]:
@@ -220,15 +141,20 @@ class RedisStore:
             pipeline.hget(ORIGINALS, one)
             pipeline.execute_command("JSON.GET", sotopia_redis.EPISODE_LOG + one, "$.models[0]")
             pipeline.sismember(LOGS, one)
-        with self._errors_told():
+        with self._server.errors_told():
             answers = iter(pipeline.execute())
         found = {}
         for one in ids:
             text, ratings, original, judge, ours = islice(answers, 5)
             found[one] = _Held(
-                episode=self._read(Episode, text, f"episode {one}") if text else None,
-                ratings={name: self._read(Rating, of, f"rating of {one}") for name, of in sorted(ratings.items())},
-                original=self._read(Original, original, f"original of {one}") if original else None,
+                episode=read_record(Episode, text, where=self.where, what=f"episode {one}") if text else None,
+                ratings={
+                    name: read_record(Rating, of, where=self.where, what=f"rating of {one}")
+                    for name, of in sorted(ratings.items())
+                },
+                original=read_record(Original, original, where=self.where, what=f"original of {one}")
+                if original
+                else None,
                 log_judge=(json.loads(judge) or [None])[0] if judge else None,
                 log_is_theirs=bool(judge) and not ours,
             )
@@ -252,14 +178,11 @@ class RedisStore:
 
     # Episodes
 
-    def add_episode(self, episode: Episode) -> None:
-        self.add_episodes((episode,))
-
     def add_episodes(self, episodes: Iterable[Episode]) -> int:
         written = 0
-        for batch in _batches(episodes):
+        for batch in batches(episodes):
             held = self._held([episode.id for episode in batch])
-            with self._writing() as pipeline:
+            with self._server.writing() as pipeline:
                 for episode in batch:
                     before = held[episode.id].episode
                     _put_episode(pipeline, episode)
@@ -271,19 +194,19 @@ class RedisStore:
         return written
 
     def episode(self, episode_id: str) -> Episode:
-        with self._errors_told():
+        with self._server.errors_told():
             text = self._db.get(_episode_key(episode_id))
         if text is None:
             raise StoreError(f"{self.where}: no episode {episode_id}; `sotopia-rl episodes list` shows what there is")
-        return self._read(Episode, text, f"episode {episode_id}")
+        return read_record(Episode, text, where=self.where, what=f"episode {episode_id}")
 
     def episodes(self, query: EpisodeQuery = EVERYTHING) -> Iterator[Episode]:
-        for batch in _batches(summary.id for summary in self.summaries(query)):
-            with self._errors_told():
+        for batch in batches(summary.id for summary in self.summaries(query)):
+            with self._server.errors_told():
                 texts = self._db.mget([_episode_key(episode_id) for episode_id in batch])
             for episode_id, text in zip(batch, texts, strict=True):
                 if text is not None:  # deleted meanwhile
-                    yield self._read(Episode, text, f"episode {episode_id}")
+                    yield read_record(Episode, text, where=self.where, what=f"episode {episode_id}")
 
     def summaries(self, query: EpisodeQuery = EVERYTHING) -> Iterator[EpisodeSummary]:
         return islice((s for s in self._all_summaries() if query.matches(s)), query.limit)
@@ -291,7 +214,7 @@ class RedisStore:
     def _all_summaries(self) -> Iterator[EpisodeSummary]:
         last = "-"
         while True:
-            with self._errors_told():
+            with self._server.errors_told():
                 ids = self._db.zrangebylex(IDS, last, "+", start=0, num=1000)
                 texts = self._db.hmget(SUMMARIES, ids) if ids else []
             for episode_id, text in zip(ids, texts, strict=True):
@@ -312,12 +235,12 @@ class RedisStore:
 
     def delete_episodes(self, ids: Iterable[str]) -> int:
         deleted = 0
-        with self._errors_told():
+        with self._server.errors_told():
             failures = [(episode_of(json.loads(key)[1]), key) for key in self._db.hkeys(FAILURES)]
         for episode_id in ids:
-            with self._errors_told():
+            with self._server.errors_told():
                 deleted += bool(self._db.exists(_episode_key(episode_id)))
-            with self._writing() as pipeline:
+            with self._server.writing() as pipeline:
                 _drop(pipeline, episode_id)
                 pipeline.delete(_episode_key(episode_id))
                 pipeline.zrem(IDS, episode_id)
@@ -328,14 +251,11 @@ class RedisStore:
 
     # What is said of them
 
-    def add_rating(self, rating: Rating) -> None:
-        self.add_ratings((rating,))
-
     def add_ratings(self, ratings: Iterable[Rating]) -> int:
         written = 0
-        for batch in _batches(ratings):
+        for batch in batches(ratings):
             held = self._held(sorted({rating.episode_id for rating in batch}))
-            with self._writing() as pipeline:
+            with self._server.writing() as pipeline:
                 for rating in batch:
                     pipeline.hset(_ratings_key(rating.episode_id), rating.judge, rating.model_dump_json())
                     held[rating.episode_id].ratings[rating.judge] = rating
@@ -348,12 +268,7 @@ class RedisStore:
     def ratings(self, episode_id: str | None = None, *, judge: str | None = None) -> Iterator[Rating]:
         for found, key, text in self._said("ratings", episode_id):
             if judge in (None, key):
-                yield self._read(Rating, text, f"rating of {found} by {key}")
-
-    def rated(self, query: EpisodeQuery = EVERYTHING, *, judge: str | None = None) -> Iterator[tuple[Episode, Rating]]:
-        for episode in self.episodes(query):
-            for rating in self.ratings(episode.id, judge=judge):
-                yield episode, rating
+                yield read_record(Rating, text, where=self.where, what=f"rating of {found} by {key}")
 
     def rated_ids(self, judge: str) -> set[str]:
         return {episode_id for episode_id, key, _ in self._said("ratings", None) if key == judge}
@@ -361,13 +276,10 @@ class RedisStore:
     def judges(self) -> dict[str, int]:
         return dict(sorted(Counter(judge for _, judge, _ in self._said("ratings", None)).items()))
 
-    def add_attribution(self, attribution: Attribution) -> None:
-        self.add_attributions((attribution,))
-
     def add_attributions(self, attributions: Iterable[Attribution]) -> int:
         written = 0
-        for batch in _batches(attributions):
-            with self._writing() as pipeline:
+        for batch in batches(attributions):
+            with self._server.writing() as pipeline:
                 for a in batch:
                     key = json.dumps([a.seat, a.dimension, a.method, a.annotator])
                     pipeline.hset(f"{OWN}attributions:{a.episode_id}", key, a.model_dump_json())
@@ -380,7 +292,7 @@ class RedisStore:
         for found, key, text in self._said("attributions", episode_id):
             _, _, its_method, its_annotator = json.loads(key)
             if method in (None, its_method) and annotator in (None, its_annotator):
-                yield self._read(Attribution, text, f"attribution {key} of {found}")
+                yield read_record(Attribution, text, where=self.where, what=f"attribution {key} of {found}")
 
     def attributed(self, *, method: str, annotator: str) -> set[AttributionKey]:
         keys = ((found, json.loads(key)) for found, key, _ in self._said("attributions", None))
@@ -389,12 +301,12 @@ class RedisStore:
     def _said(self, what: str, episode_id: str | None) -> Iterator[tuple[str, str, str]]:
         """(episode id, key, JSON) of ratings or attributions, in order."""
         prefix = f"{OWN}{what}:"
-        with self._errors_told():
+        with self._server.errors_told():
             # Not by the known episodes: what is said of an episode may be kept apart from it.
             found = self._db.scan_iter(match=f"{prefix}*", count=1000)
             ids = [episode_id] if episode_id else sorted(key.removeprefix(prefix) for key in found)
-        for batch in _batches(ids):
-            with self._errors_told():
+        for batch in batches(ids):
+            with self._server.errors_told():
                 pipeline = self._db.pipeline(transaction=False)
                 for one in batch:
                     pipeline.hgetall(prefix + one)
@@ -403,48 +315,44 @@ class RedisStore:
                 yield from ((one, key, entries[key]) for key in sorted(entries))
 
     def add_failure(self, stage: str, item_id: str, failure: Failure) -> None:
-        with self._writing() as pipeline:
+        with self._server.writing() as pipeline:
             pipeline.hset(FAILURES, json.dumps([stage, item_id]), failure.model_dump_json())
 
     def failures(self, stage: str | None = None) -> Iterator[tuple[str, str, Failure]]:
-        with self._errors_told():
+        with self._server.errors_told():
             entries = self._db.hgetall(FAILURES)
         for (found, item_id), text in sorted((json.loads(key), text) for key, text in entries.items()):
             if stage in (None, found):
-                yield found, item_id, self._read(Failure, text, f"failure of {item_id} in {found}")
+                yield (
+                    found,
+                    item_id,
+                    read_record(Failure, text, where=self.where, what=f"failure of {item_id} in {found}"),
+                )
 
     def delete_failures(self, stage: str, item_ids: Iterable[str] | None = None) -> int:
         wanted = [i for _, i, _ in self.failures(stage)] if item_ids is None else list(item_ids)
-        with self._errors_told():
+        with self._server.errors_told():
             return sum(self._db.hdel(FAILURES, json.dumps([stage, item_id])) for item_id in wanted)
 
     def add_original(self, original: Original) -> None:
-        with self._errors_told():
+        with self._server.errors_told():
             if self._db.hget(ORIGINALS, original.episode_id) != "":  # else the EpisodeLog is here itself
                 self._db.hset(ORIGINALS, original.episode_id, original.model_dump_json())
                 self.add_episode(self.episode(original.episode_id))
 
     def original(self, episode_id: str) -> Original | None:
-        with self._errors_told():
+        with self._server.errors_told():
             text = self._db.hget(ORIGINALS, episode_id)
             if text is None:
                 return None
             if text:
-                return self._read(Original, text, f"original of {episode_id}")
+                return read_record(Original, text, where=self.where, what=f"original of {episode_id}")
             found = sotopia_redis.documents(self._db, sotopia_redis.EPISODE_LOG, [episode_id])
         document = found.get(episode_id)
         return Original(episode_id=episode_id, layout="sotopia-log", document=document) if document else None
 
     def close(self) -> None:
         self._db.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _episode_key(episode_id: str) -> str:
@@ -467,9 +375,3 @@ def _drop(pipeline: Any, episode_id: str) -> None:
     pipeline.delete(_ratings_key(episode_id), f"{OWN}attributions:{episode_id}", sotopia_redis.EPISODE_LOG + episode_id)
     pipeline.hdel(ORIGINALS, episode_id)
     pipeline.srem(LOGS, episode_id)
-
-
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    source = iter(items)
-    while batch := list(islice(source, PAGE)):
-        yield batch

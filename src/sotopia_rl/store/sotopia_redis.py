@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sotopia_rl.episode import Character, Match, Scenario
-from sotopia_rl.profiles import Combo, Profiles, Relationship
+from sotopia_rl.profiles import CharacterFields, Combo, Profiles, Relationship
 
 logger = logging.getLogger(__name__)
 
@@ -170,21 +170,8 @@ class _Stored(BaseModel):
     pk: str
 
 
-class _Agent(_Stored):
-    first_name: str
-    last_name: str
-    age: int = Field(default=0, ge=0)
-    occupation: str = ""
-    gender: str = ""
-    gender_pronoun: str = ""
-    public_info: str = ""
-    big_five: str = ""
-    moral_values: tuple[str, ...] = ()
-    schwartz_personal_values: tuple[str, ...] = ()
-    personality_and_values: str = ""
-    decision_making_style: str = ""
-    secret: str = ""
-    mbti: str = ""
+class _Agent(_Stored, CharacterFields):
+    """An AgentProfile."""
 
 
 class _Environment(_Stored):

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -29,6 +28,7 @@ from sotopia_rl.store.interface import (
     with_counts,
 )
 from sotopia_rl.store.jsonl import Deletion, JsonlWriter, StageFailure, Torn, read_json_lines, read_records
+from sotopia_rl.store.records import batches
 from sotopia_rl.store.sotopia_read import NOTHING_KNOWN, Imported, LeftOutError, is_line, read_document
 from sotopia_rl.store.sotopia_write import line_document
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 Layout = Literal["sotopia-rl", "sotopia"]
 """Our own lines, which hold everything; or those of sotopia's `episodes_to_jsonl`."""
 
-BATCH_EPISODES = 200
 T = TypeVar("T")
 
 
@@ -93,7 +92,7 @@ def _failures(source: EpisodeStore, query: EpisodeQuery) -> Iterator[StageFailur
 def copy(source: EpisodeStore, target: EpisodeStore, query: EpisodeQuery = EVERYTHING) -> TransferReport:
     """Copy episodes with their ratings, attributions, failures and originals. Copying again changes nothing."""
     report = TransferReport()
-    for batch in _batches(_wholes(source, query)):
+    for batch in batches(_wholes(source, query)):
         report.episodes += target.add_episodes(whole.episode for whole in batch)
         for whole in batch:
             if whole.original:
@@ -134,7 +133,7 @@ def import_jsonl(path: Path, target: EpisodeStore, *, torn: Torn = "refuse") -> 
         DataError: A line is no record of ours; what came before it has been imported.
     """
     report = TransferReport()
-    for batch in _batches(record for _, record in read_records(path, torn=torn)):
+    for batch in batches(record for _, record in read_records(path, torn=torn)):
         for cls, records in _runs(batch):
             if cls is Episode:
                 report.episodes += target.add_episodes(r for r in records if isinstance(r, Episode))
@@ -226,7 +225,7 @@ def import_sotopia(
     """
     report = TransferReport()
     imported = _read_sotopia(path, report, known=known, torn=torn)
-    for batch in _batches(imported):
+    for batch in batches(imported):
         add_imported(batch, target, report)
     return report
 
@@ -304,12 +303,6 @@ def _exported(path: Path) -> Iterator[Path]:
             yield part
     except OSError as error:
         raise StoreError(not_written(path, error)) from error
-
-
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    source = iter(items)
-    while batch := list(islice(source, BATCH_EPISODES)):
-        yield batch
 
 
 def _runs(records: list[T]) -> Iterator[tuple[type[T], list[T]]]:

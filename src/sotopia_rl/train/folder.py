@@ -75,13 +75,17 @@ class RunFolder:
         return self.settings_file.is_file() and (self.finished or self.metrics_file.is_file())
 
     @property
+    def finished_file(self) -> Path:
+        return self.path / "finished.json"
+
+    @property
     def finished(self) -> bool:
-        return (self.path / "finished.json").is_file()
+        return self.finished_file.is_file()
 
     def finish(self, facts: Mapping[str, object]) -> None:
         """Mark the run as over, for every process."""
         if is_main():
-            write_json(self.path / "finished.json", facts)
+            write_json(self.finished_file, facts)
         wait_for_all()
 
     def last_checkpoint(self) -> Path | None:

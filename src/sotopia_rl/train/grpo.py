@@ -38,7 +38,7 @@ from sotopia_rl.train.data import encode_rows, length_report
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_tokenizer
 from sotopia_rl.train.processes import from_main
-from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.publish import conclude, finished_result
 from sotopia_rl.train.reward_report import check_gate
 from sotopia_rl.train.rollout import prepare_rollouts
 from sotopia_rl.train.session import training_session
@@ -107,9 +107,8 @@ def train_grpo(  # noqa: PLR0917 - the order of the other stages, with one input
         "template": settings.template_path,
     }
     run = claim(out, "grpo", settings, fingerprints(**paths), resume=resume)
-    if run.finished:
-        publish(run, run.path / "adapter", settings)
-        return run.path / "adapter"
+    if (result := finished_result(run, settings)) is not None:
+        return result
     check_base(sft_adapter, base, task="CAUSAL_LM")
     check_base(reward_adapter, base, task="SEQ_CLS")
     check_gate(reward_adapter, settings.gate_min_spearman)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -32,8 +31,6 @@ from sotopia_rl.train.folder import RunFolder
 NEW_NAME = "activation_checkpointing"
 CHECKPOINTING = NEW_NAME if NEW_NAME in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 """The option's name up to transformers 5.19, which is the newest that vLLM 0.32 installs beside."""
-
-DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def device_of(settings: TrainerSettings) -> torch.device:

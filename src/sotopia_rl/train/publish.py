@@ -1,7 +1,7 @@
 """What comes after the last step: the result's card, the mark that the run is over, the upload to the hub.
 
 The upload, to the hub that `HF_ENDPOINT` names, comes last, when everything is saved: one that fails loses nothing, and
-the same command tries it again.
+the same command tries it again. No torch here: a command that finds its run finished has its answer at once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sotopia_rl.errors import MissingExtraError, TrainingError
-from sotopia_rl.train.card import write_card
 from sotopia_rl.train.config import TrainerSettings
-from sotopia_rl.train.folder import RunFolder, read_json, write_json
+from sotopia_rl.train.folder import RunFolder, claim, fingerprints, read_json, write_json
 from sotopia_rl.train.processes import is_main
 
 
@@ -35,11 +34,44 @@ def conclude(
     Raises:
         TrainingError: As `publish`.
     """
+    from sotopia_rl.train.card import write_card  # noqa: PLC0415 - scipy: a second that a finished run need not wait
+
     read = {name: path for name, path in paths.items() if path is not None}
     if is_main():
         write_card(result, run, read, facts)
     run.finish(facts)
     publish(run, result, settings)
+
+
+def finished_result(run: RunFolder, settings: TrainerSettings) -> Path | None:
+    """The result of a run that is over, uploaded where that is still to be done; None where there is training to do.
+
+    Raises:
+        TrainingError: As `publish`.
+    """
+    if not run.finished:
+        return None
+    result = run.path / str(read_json(run.finished_file)["result"])
+    publish(run, result, settings)
+    return result
+
+
+def finished_before(stage: str, settings: TrainerSettings, out: Path, **paths: Path) -> Path | None:
+    """What a training function would return for a run that is over, without importing torch; None for any other.
+
+    Args:
+        out: Run folder; it is claimed where it holds a finished run.
+        paths: What the run reads, by the names of its claim, the template apart.
+
+    Raises:
+        ConfigError: The folder holds a run with other settings.
+        DataError: There is nothing at one of `paths`.
+        TrainingError: As `publish`.
+    """
+    if not RunFolder(out).finished:
+        return None
+    inputs = fingerprints(**paths, template=getattr(settings, "template_path", None))
+    return finished_result(claim(out, stage, settings, inputs, resume=True), settings)
 
 
 def publish(run: RunFolder, result: Path, settings: TrainerSettings, *, endpoint: str | None = None) -> None:

@@ -31,11 +31,11 @@ from sotopia_rl.train.batches import TargetPadding, padded_inputs, target_rows
 from sotopia_rl.train.callbacks import KeepBest, Progress, Record, best_step, train_to_the_end, write_result
 from sotopia_rl.train.config import RewardModelSettings, TrainerSettings
 from sotopia_rl.train.conversations import ConversationPadding, conversation_padding, conversations
-from sotopia_rl.train.data import Encoded, divided
-from sotopia_rl.train.folder import claim, fingerprints, write_json
+from sotopia_rl.train.data import Divided, Encoded, divided
+from sotopia_rl.train.folder import RunFolder, claim, fingerprints, write_json
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, only_errors, trainer_arguments
 from sotopia_rl.train.processes import is_main, weights_are_divided
-from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.publish import conclude, finished_result
 from sotopia_rl.train.reward_loss import RewardTrainer
 from sotopia_rl.train.reward_report import RewardReport, group_keys, report_output
 from sotopia_rl.train.session import training_session
@@ -67,34 +67,20 @@ def train_reward_model(
     """
     paths = {"rows": rows, "base": base, "template": settings.template_path}
     run = claim(out, "rm", settings, fingerprints(**paths), resume=resume)
+    if (result := finished_result(run, settings)) is not None:
+        return result
     if weights_are_divided():
         raise ConfigError(
             "the reward model's report needs whole weights; use configs/accelerate/ddp.yaml or zero2.yaml"
         )
-    if run.finished:
-        publish(run, run.path / "adapter", settings)
-        return run.path / "adapter"
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
         read = list(read_rows(RewardRow, rows))
         check_targets(rows, read, settings.dimensions)
         data = divided(tokenizer, read, settings)
-        train_targets, eval_targets = (targets(side, settings.dimensions) for side in (data.training, data.held_out))
         set_seed(settings.seed)
         model = new_reward_model(base, tokenizer, settings)
-        trainer = RewardTrainer(
-            model=model,
-            args=TrainingArguments(
-                **trainer_arguments(settings, run, evaluate=bool(data.eval_rows)),
-                label_names=["labels"],
-                prediction_loss_only=True,
-                remove_unused_columns=False,
-            ),
-            train_dataset=rows_with_targets(data.train_rows, train_targets, settings),
-            eval_dataset=rows_with_targets(data.eval_rows, eval_targets, settings) if data.eval_rows else None,
-            data_collator=collator(model.config, tokenizer.pad_token_id, settings),
-            ranking_weight=settings.ranking_weight if settings.loss == "mse_ranking" else 0.0,
-        )
+        trainer = make_trainer(model, tokenizer, settings, run, data)
         watch = KeepBest(run, saver(model), patience=settings.patience)
         train_to_the_end(trainer, run, [Record(run, progress), *([watch] if data.eval_rows else [])])
         use_best = settings.keep == "best" and bool(data.eval_rows)
@@ -102,7 +88,7 @@ def train_reward_model(
         write_base_note(adapter, base)
         set_peft_model_state_dict(model, load_peft_weights(str(adapter), device=str(model.device)))
         predicted = predict(model, data.eval_rows, tokenizer.pad_token_id, batch_size=2 * settings.batch_size)
-    report = make_report(settings, data.held_out, predicted, train_targets, eval_targets)
+    report = make_report(settings, data, predicted)
     if is_main():
         write_json(run.path / "report.json", report.model_dump())
         shutil.copy(run.path / "report.json", adapter / "report.json")
@@ -116,10 +102,33 @@ def train_reward_model(
     return adapter
 
 
-def rows_with_targets(
-    encoded: Sequence[Encoded], values: Sequence[Sequence[float]], settings: RewardModelSettings
-) -> Dataset:
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RewardModelSettings,
+    run: RunFolder,
+    data: Divided[RewardRow],
+) -> RewardTrainer:
+    """The trainer that our settings describe."""
+    held_out = rows_with_targets(data.eval_rows, data.held_out, settings) if data.eval_rows else None
+    return RewardTrainer(
+        model=model,
+        args=TrainingArguments(
+            **trainer_arguments(settings, run, evaluate=held_out is not None),
+            label_names=["labels"],
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=rows_with_targets(data.train_rows, data.training, settings),
+        eval_dataset=held_out,
+        data_collator=collator(model.config, tokenizer.pad_token_id, settings),
+        ranking_weight=settings.ranking_weight if settings.loss == "mse_ranking" else 0.0,
+    )
+
+
+def rows_with_targets(encoded: Sequence[Encoded], rows: Sequence[RewardRow], settings: RewardModelSettings) -> Dataset:
     """The rows as the trainer takes them, those of a conversation together where the settings say so."""
+    values = targets(rows, settings.dimensions)
     if settings.packing == "conversation":
         return conversations(encoded, settings.max_length, values)
     return target_rows(encoded, values)
@@ -202,24 +211,21 @@ def predict(model: PeftModel, rows: Sequence[Encoded], pad_token_id: int, *, bat
 
 
 def make_report(
-    settings: RewardModelSettings,
-    held_out: Sequence[RewardRow],
-    predicted: Sequence[Sequence[float]],
-    train_targets: Sequence[Sequence[float]],
-    eval_targets: Sequence[Sequence[float]],
+    settings: RewardModelSettings, data: Divided[RewardRow], predicted: Sequence[Sequence[float]]
 ) -> RewardReport:
     """Compare the predictions for the held-out rows, output by output."""
+    held_out, wanted = data.held_out, targets(data.held_out, settings.dimensions)
     groups, keys = group_keys(
         [row.prompt[-1].content for row in held_out],
         [(row.scenario_id, row.seat, row.turn) for row in held_out],
         [row.turn for row in held_out],
     )
-    means = np.mean(np.array(train_targets), axis=0)
+    means = np.mean(np.array(targets(data.training, settings.dimensions)), axis=0)
     outputs = [
         report_output(
             name,
             [row[place] for row in predicted],
-            [row[place] for row in eval_targets],
+            [row[place] for row in wanted],
             keys,
             train_mean=float(means[place]),
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,10 +199,10 @@ def _ordered_pairs(predicted: Values, actual: Values, members: Iterable[Sequence
     return right, pairs
 
 
-def _correlation(measure: object, predicted: Values, actual: Values) -> float | None:
+def _correlation(measure: Callable[[Values, Values], Any], predicted: Values, actual: Values) -> float | None:
     if len(predicted) < 3 or np.ptp(predicted) == 0 or np.ptp(actual) == 0:
         return None
-    return float(measure(predicted, actual).statistic)  # type: ignore[operator]  # scipy is untyped here
+    return float(measure(predicted, actual).statistic)
 
 
 def _mean(values: Values) -> float | None:

@@ -22,7 +22,7 @@ from sotopia_rl.train.conversations import ROW_TOKENS, conversation_padding, con
 from sotopia_rl.train.data import Encoded, divided
 from sotopia_rl.train.folder import RunFolder, claim, fingerprints
 from sotopia_rl.train.loading import load_base, load_tokenizer, lora_config, trainer_arguments
-from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.publish import conclude, finished_result
 from sotopia_rl.train.session import training_session
 
 METRIC_NAMES = {"mean_token_accuracy": "token_accuracy", "eval_mean_token_accuracy": "eval_token_accuracy"}
@@ -69,10 +69,9 @@ def train_sft(
     """
     paths = {"rows": rows, "base": base, "template": settings.template_path}
     run = claim(out, "sft", settings, fingerprints(**paths), resume=resume)
+    if (result := finished_result(run, settings)) is not None:
+        return result
     name = "model" if settings.tuning == "full" else "adapter"
-    if run.finished:
-        publish(run, run.path / name, settings)
-        return run.path / name
     with training_session(run, settings):
         tokenizer = load_tokenizer(base, settings.template_path)
         data = divided(tokenizer, list(read_rows(SFTRow, rows)), settings)

@@ -31,7 +31,7 @@ from sotopia_rl.train.config import TinyModelSettings
 from sotopia_rl.train.data import encode_rows, length_report, reply_text
 from sotopia_rl.train.folder import claim, fingerprints
 from sotopia_rl.train.loading import device_of, trainer_arguments
-from sotopia_rl.train.publish import conclude, publish
+from sotopia_rl.train.publish import conclude, finished_result
 from sotopia_rl.train.session import training_session
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -75,9 +75,8 @@ def train_base(
         ConfigError: The folder holds a run with other settings.
     """
     run = claim(out, "base", settings, fingerprints(rows=rows), resume=resume)
-    if run.finished:
-        publish(run, run.path / "model", settings)
-        return run.path / "model"
+    if (result := finished_result(run, settings)) is not None:
+        return result
     with training_session(run, settings):
         data = list(read_rows(SFTRow, rows))
         tokenizer = tiny_tokenizer([_text(row) for row in data], settings.vocabulary)
