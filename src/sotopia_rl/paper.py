@@ -53,6 +53,8 @@ SCALES = {"default": 3, "5_scale": 5, "10_scale": 10}
 def attribution_config(method: str, instruction: str) -> AttributionConfig:
     """The config behind `--attribution_method_name` and `--attribution_instruction_name`.
 
+    The annotator is not told the episode's score, as in the paper's prompts (appendix H).
+
     Args:
         instruction: SCALE-DIMENSION such as `default-goal` or `5_scale-knowledge`; without a dimension, goal.
 
@@ -66,7 +68,12 @@ def attribution_config(method: str, instruction: str) -> AttributionConfig:
         raise ConfigError(f"--attribution_instruction_name {instruction}: unknown scale; there are {', '.join(SCALES)}")
     try:
         return AttributionConfig.model_validate(
-            {"method": METHODS[method], "scale": SCALES[scale], "dimensions": (dimension or "goal",)}
+            {
+                "method": METHODS[method],
+                "scale": SCALES[scale],
+                "dimensions": (dimension or "goal",),
+                "show_scores": False,
+            }
         )
     except ValueError as error:
         raise ConfigError(f"--attribution_instruction_name {instruction}: unknown dimension {dimension}") from error
