@@ -1,6 +1,8 @@
 """Things that several test modules share and that take a while to make; torch is imported only when they are used."""
 
+import atexit
 import gc
+import logging
 from pathlib import Path
 
 import hypothesis
@@ -26,10 +28,10 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # or extension modules report what they leak
+    atexit.register(gc.unfreeze)  # or extension modules report what they leak; later than pytest's own collections
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # 80 of torch do not, and get pytest's handlers one by one, six times per test
 
 
 @pytest.fixture(scope="session")
