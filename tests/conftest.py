@@ -27,6 +27,7 @@ def pytest_collection_finish() -> None:
     """Torch and its relatives are a million objects that live for good; the collector need not walk them each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)  # of 700: what tests make and keep is walked less often
     gc.enable()
     atexit.register(gc.unfreeze)  # or extension modules report what they leak; later than pytest's own collections
     for logger in logging.root.manager.loggerDict.values():
