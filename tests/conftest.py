@@ -3,6 +3,7 @@
 import atexit
 import gc
 import logging
+import os
 from pathlib import Path
 
 import hypothesis
@@ -29,10 +30,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000)  # of 700: what tests make and keep is walked less often
     gc.enable()
-    atexit.register(gc.unfreeze)  # or extension modules report what they leak; later than pytest's own collections
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.propagate = True  # 80 of torch do not, and get pytest's handlers one by one, six times per test
+
+
+@atexit.register
+def leave() -> None:
+    """Later than pytest's own collections of garbage, and than the ends of what was imported after this file."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(0)  # to take torch and all the rest apart takes three seconds
+    gc.unfreeze()  # or extension modules report what they leak
 
 
 @pytest.fixture(scope="session")
