@@ -24,6 +24,8 @@ from sotopia_rl.store import EpisodeQuery, open_store
 QUICK = ModelLimits(backoff_seconds=0.001, timeout_seconds=30, max_retries=1, down_after_seconds=60)
 HASTY = ModelLimits(timeout_seconds=1, max_retries=0)
 """For the one fault that the deadline ends; a busy machine must meet it otherwise."""
+AT_ONCE = ModelLimits(timeout_seconds=0.1, max_retries=0)
+"""Where nothing but the hang is waited for."""
 HELLO = reply(Action(action_type="speak", argument="Hello.").to_json())
 LEAVE = reply(Action(action_type="leave").to_json())
 MATCH = sandbox.matches("train", 1)[0]
@@ -241,7 +243,7 @@ UNUSABLE_SCORES = {
 def test_a_judges_failure_leaves_the_conversation_whole_and_unscored_until_it_is_judged_again(store, answer, kind):
     with FaultyServer(cast(a=[HELLO], b=[LEAVE], j=[answer], good=[reply(GOOD)])) as server:
         played = play(server, store)
-        tally = judge(server, store, limits=HASTY if answer == "hang" else QUICK)
+        tally = judge(server, store, limits=AT_ONCE if answer == "hang" else QUICK)
         assert dict(tally.failed) == {kind: 1}
         assert list(store.episodes()) == [played]
         assert played.status == "completed"

@@ -52,15 +52,16 @@ def test_help_loads_nothing_heavy():
     assert loaded_after(code).isdisjoint(HEAVY)
 
 
-def test_importing_the_package_configures_no_logging_and_sets_no_environment():
+def test_importing_what_needs_no_torch_loads_none_configures_no_logging_and_sets_no_environment():
     code = """
 import logging, os
 before = dict(os.environ)
 import sotopia_rl, sotopia_rl.cli, sotopia_rl.evaluate
+import sotopia_rl.train.config, sotopia_rl.train.data, sotopia_rl.train.folder, sotopia_rl.train.reward_report
 assert dict(os.environ) == before, set(os.environ) ^ set(before)
 assert logging.getLogger().handlers == [], logging.getLogger().handlers
 """
-    loaded_after(code)
+    assert loaded_after(code).isdisjoint({"torch", "transformers", "trl"})
 
 
 def test_nothing_is_mocked():
