@@ -11,7 +11,7 @@ GOOD = Completion([7, EOS], [-0.5, -0.25])
 
 
 def servers(*fakes: FakeVLLM, **changes: float) -> VLLMServers:
-    options = {"max_tokens": 8, "temperature": 1.0, "timeout_seconds": 5.0, "retries": 2, "backoff_seconds": 0.001}
+    options = {"max_tokens": 8, "temperature": 1.0, "timeout_seconds": 5.0, "retries": 2, "backoff_seconds": 0.01}
     urls = tuple(fake.url for fake in fakes)
     return VLLMServers(urls=urls, eos_token_id=EOS, vocabulary=100, **{**options, **changes})  # type: ignore[arg-type]
 
