@@ -1,6 +1,9 @@
 """Things that several test modules share and that take a while to make; torch is imported only when they are used."""
 
+import atexit
 import gc
+import logging
+import os
 from pathlib import Path
 
 import hypothesis
@@ -25,10 +28,18 @@ def pytest_collection_finish() -> None:
     """Torch and its relatives are a million objects that live for good; the collector need not walk them each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)  # of 700: what tests make and keep is walked less often
     gc.enable()
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # 80 of torch do not, and get pytest's handlers one by one, six times per test
 
 
-def pytest_sessionfinish() -> None:
+@atexit.register
+def leave() -> None:
+    """Later than pytest's own collections of garbage, and than the ends of what was imported after this file."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(0)  # to take torch and all the rest apart takes three seconds
     gc.unfreeze()  # or extension modules report what they leak
 
 

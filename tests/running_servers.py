@@ -89,6 +89,23 @@ class BestOfNServer:
                 await super().startup(*args, **kwargs)
                 ready.set()
 
+            async def main_loop(self):
+                """As uvicorn's, which looks ten times a second for the end."""
+                await self.on_tick(0)
+                while not self.should_exit:  # noqa: ASYNC110  uvicorn is told by a flag
+                    await asyncio.sleep(0.005)
+
+            async def shutdown(self, sockets=None):
+                """As uvicorn's, without its pause where nobody is connected any more."""
+                for _ in range(20):
+                    if not (self.server_state.connections or self.server_state.tasks):
+                        for server in self.servers:
+                            server.close()
+                            await server.wait_closed()
+                        return await self.lifespan.shutdown()
+                    await asyncio.sleep(0.005)
+                return await super().shutdown(sockets)
+
         self._server = Server(uvicorn.Config(self.app, port=self.port, log_level="error", timeout_graceful_shutdown=5))
         await self._server._serve()  # without the signal handlers, which a thread cannot have
 

@@ -22,8 +22,10 @@ from sotopia_rl.stages import judge_into, simulate_into
 from sotopia_rl.store import EpisodeQuery, open_store
 
 QUICK = ModelLimits(backoff_seconds=0.001, timeout_seconds=30, max_retries=1, down_after_seconds=60)
-HASTY = ModelLimits(timeout_seconds=2, max_retries=0)
+HASTY = ModelLimits(timeout_seconds=1, max_retries=0)
 """For the one fault that the deadline ends; a busy machine must meet it otherwise."""
+AT_ONCE = ModelLimits(timeout_seconds=0.1, max_retries=0)
+"""Where nothing but the hang is waited for."""
 HELLO = reply(Action(action_type="speak", argument="Hello.").to_json())
 LEAVE = reply(Action(action_type="leave").to_json())
 MATCH = sandbox.matches("train", 1)[0]
@@ -134,7 +136,7 @@ def test_a_failing_server_of_an_agent_fails_its_episode_and_is_never_silence(sto
 def test_a_hang_beyond_the_episodes_time_is_a_time_out(store):
     patient = ModelLimits(timeout_seconds=60)
     with FaultyServer(cast(a=[HELLO], b=[HELLO, "hang"])) as server:
-        episode = play(server, store, limits=patient, config=SimulateConfig(episode_timeout_seconds=3))
+        episode = play(server, store, limits=patient, config=SimulateConfig(episode_timeout_seconds=1))
     assert (episode.status, episode.failure.kind, len(episode.turns)) == ("timed_out", "timeout", 3)
 
 
@@ -167,6 +169,7 @@ def test_a_dead_endpoint_stops_the_command_with_one_line_and_stores_nothing_as_c
         free.bind(("127.0.0.1", 0))
         agent = f"custom/any@http://127.0.0.1:{free.getsockname()[1]}/v1"
     matches = ["--manifest", "sandbox-train", "--count", "40", "--tag", "t", "--concurrency", "4"]
+    matches += ["--backoff-seconds", "0.001"]
     with pytest.raises(SystemExit) as end:
         main(["simulate", *matches, "--agent1", agent, "--agent2", agent, "--store", str(tmp_path / "e.db")])
     said = capsys.readouterr().err.strip().splitlines()
@@ -240,7 +243,7 @@ UNUSABLE_SCORES = {
 def test_a_judges_failure_leaves_the_conversation_whole_and_unscored_until_it_is_judged_again(store, answer, kind):
     with FaultyServer(cast(a=[HELLO], b=[LEAVE], j=[answer], good=[reply(GOOD)])) as server:
         played = play(server, store)
-        tally = judge(server, store, limits=HASTY if answer == "hang" else QUICK)
+        tally = judge(server, store, limits=AT_ONCE if answer == "hang" else QUICK)
         assert dict(tally.failed) == {kind: 1}
         assert list(store.episodes()) == [played]
         assert played.status == "completed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 
 import pytest
@@ -103,6 +104,7 @@ def test_an_unknown_dimension_is_refused():
         sandbox.exact_credit(match_where("time"), (), 0, "charm")
 
 
+@functools.cache
 def rated(count):
     judge = sandbox.SCRIPTED["judge"]()
     return [(e, asyncio.run(judge_episode(e, judge, JudgeConfig()))) for e in sample(count)]

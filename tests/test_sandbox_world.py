@@ -107,7 +107,7 @@ def test_an_opening_is_worth_more_from_the_fair_than_from_the_generous():
 
 def test_temperaments_differ_in_what_they_reach():
     goal, bond = defaultdict(list), defaultdict(list)
-    for match in sandbox.matches("train", 24):
+    for match in sandbox.matches("train", 12):
         for first in sandbox.TEMPERAMENTS:
             for second in ("fair", "generous", "tough", "talkative"):
                 found = episode(match, first, second)

@@ -448,7 +448,7 @@ def in_threads(count, work):
 
 def test_more_requests_than_allowed_are_turned_away_with_a_time_to_come_back():
     with (
-        policy_of(reply(speak("a"), seconds=0.5)) as policy,
+        policy_of(*[reply(speak("a"), seconds=0.5)] * 3, speak("a")) as policy,
         served(policy, candidates=1, max_requests=3) as server,
     ):
         results = in_threads(8, lambda: server.post(CHAT, ASK))
@@ -461,7 +461,7 @@ def test_more_requests_than_allowed_are_turned_away_with_a_time_to_come_back():
 
 
 def test_requests_under_way_are_finished_before_the_server_ends():
-    with policy_of(reply(speak("a"), seconds=0.5)) as policy, served(policy, candidates=2) as server:
+    with policy_of(speak("a"), reply(speak("a"), seconds=0.5)) as policy, served(policy, candidates=2) as server:
         results = []
         thread = threading.Thread(target=lambda: results.append(server.post(CHAT, ASK)))
         thread.start()

@@ -310,9 +310,9 @@ def is_free(port):
 def test_a_server_that_never_answers_is_ended(folders, stand_in, tmp_path):
     stand_in("hangs")
     seen = []
-    settings = VLLMSettings(port=0, start_timeout_seconds=4)
+    settings = VLLMSettings(port=0, start_timeout_seconds=2)
     server = VLLMServer(folders / "base", {}, settings, log=tmp_path / "v.log", watch=lambda *what: seen.append(what))
-    with pytest.raises(ServingError, match="did not answer within 4 s"), server:
+    with pytest.raises(ServingError, match="did not answer within 2 s"), server:
         pass
     assert seen[-1][1] == "ValueError: not enough memory for the cache"
 

@@ -77,7 +77,8 @@ def build_app(chooser: BestOfN, metrics: Metrics, *, key: str | None = None) -> 
         async with chooser:
             yield
 
-    app = FastAPI(title="sotopia-rl best-of-N", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    about: dict[str, Any] = {"title": "sotopia-rl best-of-N", "version": __version__}
+    app = _App(settings, **about, lifespan=lifespan, docs_url=None, redoc_url=None)
     guard: dict[str, Any] = {"key": key, "max_requests": settings.max_requests, "max_bytes": settings.max_request_bytes}
     app.add_middleware(Guard, metrics=metrics, **guard)
     _answer_errors(app)
@@ -119,7 +120,6 @@ def build_app(chooser: BestOfN, metrics: Metrics, *, key: str | None = None) -> 
         text = prometheus_client.generate_latest(metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    _document(app, settings)
     return app
 
 
@@ -256,9 +256,21 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(500, message, "internal_error"), 500)
 
 
-def _document(app: FastAPI, settings: BestOfNSettings) -> None:
-    """Make the OpenAPI schema say what this server takes, and take FastAPI's own 422 out of it: here it is 400."""
-    schema = app.openapi()
+class _App(FastAPI):
+    """Its OpenAPI schema says what this server takes, and is made when somebody asks for it."""
+
+    def __init__(self, settings: BestOfNSettings, **options: Any) -> None:
+        super().__init__(**options)
+        self._settings = settings
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            _document(super().openapi(), self._settings)
+        return super().openapi()
+
+
+def _document(schema: dict[str, Any], settings: BestOfNSettings) -> None:
+    """Say what this server takes, and take FastAPI's own 422 out: here it is 400."""
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)

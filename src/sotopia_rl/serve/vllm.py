@@ -43,7 +43,7 @@ from sotopia_rl.serve.vllm_command import (
 _TAIL_LINES = 15
 _TAIL_BYTES = 100_000
 _STOP_SECONDS = 15.0
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 
 _ERRORS_SHOWN = 3
 _LINE = re.compile(r"(\([^()]* pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d \[[^]]*\] )?(.*)")
