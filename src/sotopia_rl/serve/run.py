@@ -14,6 +14,7 @@ from sotopia_rl.serve.best_of_n import BestOfN, BestOfNSettings, Policy
 from sotopia_rl.serve.scoring import Batcher, ChatEncoder, PoolingServer, RewardModel
 from sotopia_rl.serve.vllm import free_port
 from sotopia_rl.serve.vllm_command import server_url
+from sotopia_rl.train.heap import keep_freed_memory
 
 KEY_VARIABLE = "SOTOPIA_RL_SERVER_KEY"
 """Environment variable with the key that clients of our servers must send."""
@@ -57,6 +58,7 @@ def run_best_of_n(
         observe=metrics.batch_scored,
     )
     app = build_app(BestOfN(asked, scorer, settings), metrics, key=key)
+    keep_freed_memory()
     gc.collect()
     gc.freeze()  # torch and transformers: 600 000 objects, 0.3 s each time that the collector walks them
 

@@ -1,22 +1,22 @@
 """Scoring of replies by a reward model, batched over whoever is waiting.
 
-A reward model here is blocking code with two methods; `Batcher` makes it serve many tasks at once. One thread does
-all the work, so that a batch grows while the one before it is scored. No torch here: the model in this process is
-in `reward_model.py`, the one on a vLLM server below.
+A reward model here is blocking code with two methods; `Batcher` makes it serve many tasks at once. Each method has a
+thread, so that a batch grows while the one before it is scored. No torch here: the model in this process is in
+`reward_model.py`, the one on a vLLM server below.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from sotopia_rl.errors import ServingError
 from sotopia_rl.models import Message
+from sotopia_rl.serve.together import Together
 from sotopia_rl.serve.vllm import post_json
 from sotopia_rl.train.data import Tokenizer, completions_token_ids, prompts_token_ids
 
@@ -37,7 +37,7 @@ class TooLongError(ServingError):
 
 
 class RewardModel(Protocol):
-    """Scores token ids; `outputs` names the numbers it gives. Both methods block, and are called from one thread."""
+    """Scores token ids; `outputs` names the numbers it gives. Both methods block, each in its own thread."""
 
     outputs: tuple[str, ...]
 
@@ -133,15 +133,8 @@ class PoolingServer:
             raise ServingError(f"{self.url}: the answer of /pooling holds no scores; is it a pooling server?") from None
 
 
-@dataclass(eq=False)
-class _Waiting:
-    prompt: Sequence[Message]
-    replies: Sequence[str]
-    future: asyncio.Future[list[Scores]]
-
-
 class Batcher:
-    """Scores replies for many tasks: one batch at a time, made of whatever is waiting.
+    """Scores replies for many tasks, those that wait together: while a batch is scored, the next is tokenised.
 
     async with Batcher(model) as scorer:
         scores = await scorer.score(prompt, replies)
@@ -153,29 +146,24 @@ class Batcher:
         *,
         max_batch: int = 256,
         wait_seconds: float = 0.002,
-        observe: Callable[[int, float], None] | None = None,
+        observe: Callable[[int, float], None] = lambda _replies, _seconds: None,
     ) -> None:
         """Nothing is started before the `async with`.
 
         Args:
             max_batch: Replies in one batch; requests are not divided, so one request may exceed it.
-            wait_seconds: How long a batch that is not full waits for more, once something is there.
-            observe: Told, after each batch, how many replies it held and the seconds it took.
+            wait_seconds: How long a batch that is not full waits for more, after a time when nothing waited.
+            observe: Told, in the model's thread and after each batch, how many replies it held and the seconds it took.
         """
         self.model = model
-        self.max_batch = max_batch
-        self.wait_seconds = wait_seconds
         self._observe = observe
-        self._waiting: list[_Waiting] = []
-        self._in_work: list[_Waiting] = []
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward model")
-        self._worker: asyncio.Task[None] | None = None
+        self._encoder = Together("tokenizer", self._encode, size=lambda asked: len(asked[1]), max_size=max_batch)
+        self._scorer = Together("reward model", self._score, size=len, max_size=max_batch, wait_seconds=wait_seconds)
 
     @property
     def depth(self) -> int:
         """Replies that wait for a batch."""
-        return sum(len(request.replies) for request in self._waiting)
+        return self._encoder.depth + self._scorer.depth
 
     async def score(self, prompt: Sequence[Message], replies: Sequence[str]) -> list[Scores]:
         """Scores of replies to one prompt, in order; without a reply, whether the prompt leaves room for one.
@@ -184,85 +172,34 @@ class Batcher:
             TooLongError: The reward model has no room for them.
             ServingError: It cannot be had, gave something that is no number, or the batcher is closed.
         """
-        if self._worker is None or self._worker.done():
-            raise ServingError("the reward model is not running")
-        request = _Waiting(prompt, replies, asyncio.get_running_loop().create_future())
-        self._waiting.append(request)
-        self._arrived.set()
-        return await request.future
+        pairs = await self._encoder((prompt, replies))
+        return await self._scorer(pairs) if pairs else []
 
     async def __aenter__(self) -> Self:
-        self._worker = asyncio.create_task(self._work())
+        await self._encoder.__aenter__()
+        await self._scorer.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        assert self._worker is not None, "not entered"
-        self._worker.cancel()
-        await asyncio.gather(self._worker, return_exceptions=True)
-        for request in (*self._in_work, *self._waiting):
-            _fail(request, ServingError("the server is shutting down"))
-        self._thread.shutdown()
+        await self._encoder.__aexit__(*exc)
+        await self._scorer.__aexit__(*exc)
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._arrived.wait()
-            if self.wait_seconds and self.depth < self.max_batch:
-                await asyncio.sleep(self.wait_seconds)
-            batch = self._in_work = self._next_batch()
-            if not batch:
-                continue
-            start = loop.time()
-            results = await loop.run_in_executor(self._thread, self._run, batch)
-            for request, result in zip(batch, results, strict=True):
-                if isinstance(result, Exception):
-                    _fail(request, result)
-                elif not request.future.done():
-                    request.future.set_result(result)
-            if self._observe is not None and (replies := sum(len(request.replies) for request in batch)):
-                self._observe(replies, loop.time() - start)
-
-    def _next_batch(self) -> list[_Waiting]:
-        """The oldest requests that somebody still waits for, as many as fit."""
-        alive = [request for request in self._waiting if not request.future.done()]
-        batch: list[_Waiting] = []
-        size = 0
-        for request in alive:
-            if batch and size + len(request.replies) > self.max_batch:
-                break
-            batch.append(request)
-            size += len(request.replies)
-        self._waiting = alive[len(batch) :]
-        if not self._waiting:
-            self._arrived.clear()
-        return batch
-
-    def _run(self, batch: Sequence[_Waiting]) -> list[list[Scores] | Exception]:
-        """In the thread: what each request of a batch gets. What is equal is scored once."""
-        encoded = self._encode(batch)
-        distinct = {pair: None for part in encoded if isinstance(part, list) for pair in part}
-        try:
-            scores = self._score(list(distinct))
-        except Exception as error:  # noqa: BLE001 - carried over to the tasks that wait
-            return [part if isinstance(part, Exception) else error for part in encoded]
-        return [part if isinstance(part, Exception) else [scores[pair] for pair in part] for part in encoded]
-
-    def _encode(self, batch: Sequence[_Waiting]) -> list[list[Encoded] | Exception]:
+    def _encode(self, batch: Sequence[Asked]) -> Sequence[list[Encoded] | Exception]:
         """Together; where that fails, each alone, so that the error is that of the request that makes it."""
         try:
-            return list(self.model.encode([(request.prompt, request.replies) for request in batch]))
+            return self.model.encode(batch)
         except Exception as error:  # noqa: BLE001 - carried over to the task that waits
-            return [error] if len(batch) == 1 else [part for request in batch for part in self._encode([request])]
+            return [error] if len(batch) == 1 else [part for asked in batch for part in self._encode([asked])]
 
-    def _score(self, pairs: Sequence[Encoded]) -> dict[Encoded, Scores]:
-        if not pairs:
-            return {}
-        found = dict(zip(pairs, self.model.score(pairs), strict=True))
+    def _score(self, batch: Sequence[list[Encoded]]) -> Sequence[list[Scores] | Exception]:
+        """What is equal is scored once."""
+        start = time.perf_counter()
+        distinct = list(dict.fromkeys(pair for pairs in batch for pair in pairs))
+        try:
+            found = dict(zip(distinct, self.model.score(distinct), strict=True))
+        except Exception as error:  # noqa: BLE001 - carried over to the tasks that wait
+            return [error] * len(batch)
         if not all(math.isfinite(number) for scores in found.values() for number in scores):
-            raise ServingError("the reward model gave something that is no number")
-        return found
-
-
-def _fail(request: Any, error: Exception) -> None:
-    if not request.future.done():
-        request.future.set_exception(error)
+            return [ServingError("the reward model gave something that is no number")] * len(batch)
+        self._observe(sum(map(len, batch)), time.perf_counter() - start)
+        return [[found[pair] for pair in pairs] for pairs in batch]

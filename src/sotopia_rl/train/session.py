@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import datasets
 import torch
@@ -16,35 +15,12 @@ from transformers.utils import logging as transformers_logging
 from sotopia_rl.errors import TrainingError
 from sotopia_rl.train.config import TrainerSettings
 from sotopia_rl.train.folder import RunFolder
+from sotopia_rl.train.heap import hand_back_memory, keep_freed_memory
 from sotopia_rl.train.loading import device_of
 from sotopia_rl.train.publish import check_publishing
 from sotopia_rl.train.trackers import tracking
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-def keep_freed_memory() -> None:
-    """Ask the C library not to hand memory back between steps, where it is glibc.
-
-    A step allocates the same large tensors as the one before; by default each is mapped and zeroed anew. On the
-    quickstart's GRPO that is a seventh of the CPU time, for 0.4 to 0.6 GB more resident memory (`docs/benchmarks.md`).
-    """
-    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-    if (libc := _glibc()) is not None:
-        libc.mallopt(mmap_threshold, most)
-        libc.mallopt(trim_threshold, most)
-
-
-def hand_back_memory() -> None:
-    """What was kept for further steps, once there are none."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    with suppress(OSError):  # another C library
-        return ctypes.CDLL("libc.so.6")
-    return None
 
 
 @contextmanager
