@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # peft 0.21 asks transformers 5.23 for a property it renames: nothing a user could do about
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it recommends a package that nobody needs here
     try:
         try:
             app(arguments, exit_on_error=False, print_error=False)
