@@ -95,6 +95,38 @@ def test_nobody_s_request_is_not_scored():
     assert model.batches == [1, 1]
 
 
+def test_whether_a_prompt_fits_is_found_out_while_others_are_scored():
+    async def run():
+        model = Slow()
+        async with Batcher(model, wait_seconds=0) as batcher:
+            scoring = asyncio.create_task(batcher.score(PROMPT, ["a"]))
+            await asyncio.to_thread(model.started.wait)
+            assert await asyncio.wait_for(batcher.score(PROMPT, []), 5) == []
+            assert not scoring.done()
+            model.go_on.set()
+            await scoring
+
+    asyncio.run(run())
+
+
+def test_the_next_batch_is_in_work_before_the_results_of_the_last_are_out():
+    async def run():
+        model = Slow()
+        async with Batcher(model, wait_seconds=0) as batcher:
+            first = asyncio.create_task(batcher.score(PROMPT, ["a"]))
+            await asyncio.to_thread(model.started.wait)
+            second = asyncio.create_task(batcher.score(PROMPT, ["bb"]))
+            await asyncio.sleep(0)
+            assert await batcher.score(PROMPT, []) == []  # tokenised after "bb", which now waits for the model
+            assert batcher.depth == 1
+            model.go_on.set()
+            await first
+            assert batcher.depth == 0
+            await second
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
 def test_what_waits_when_the_server_ends_is_told():
     async def run():
         model = Slow()

@@ -181,8 +181,8 @@ class Batcher:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._encoder.__aexit__(*exc)
         await self._scorer.__aexit__(*exc)
+        await self._encoder.__aexit__(*exc)
 
     def _encode(self, batch: Sequence[Asked]) -> Sequence[list[Encoded] | Exception]:
         """Together; where that fails, each alone, so that the error is that of the request that makes it."""
