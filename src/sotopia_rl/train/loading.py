@@ -154,11 +154,22 @@ def load_base(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{folder}: the model cannot be loaded ({_first_line(error)})") from error
+    _keep_four_bits_plain(model)
     _make_room(model, len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:  # classifiers have none
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _keep_four_bits_plain(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes 0.50 from packing four-bit weights for CPUs with AVX512-BF16.
+
+    It does so where no gradient is asked for, as in rollouts, and has none for packed weights when it is asked later.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _make_room(model: PreTrainedModel, tokens: int) -> None:

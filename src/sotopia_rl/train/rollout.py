@@ -36,6 +36,7 @@ from sotopia_rl.llm.prefill import PrefixStore
 from sotopia_rl.train.adapters import POLICY, whole_state
 from sotopia_rl.train.config import GRPOSettings
 from sotopia_rl.train.folder import RunFolder, read_json
+from sotopia_rl.train.loading import device_of
 from sotopia_rl.train.processes import is_main
 from sotopia_rl.train.vllm_servers import Request, Version, VLLMServers
 
@@ -130,6 +131,18 @@ def _check_colocate(settings: GRPOSettings, base: Path, tokenizer: PreTrainedTok
             f"{base}: a padding token was added ({len(tokenizer)} tokens, {rows} rows of embeddings), and vLLM's copy "
             "of the base has no room for it; use rollouts: vllm_server or in_process"
         )
+    if device_of(settings).type == "cpu":
+        _keep_weights_plain()
+
+
+def _keep_weights_plain() -> None:
+    """Have vLLM on a CPU calculate with weights as they are: those that it packs for oneDNN take no update.
+
+    It packs them on CPUs with AVX-512. `_supports_onednn` is vLLM 0.32's own flag.
+    """
+    from vllm import _custom_ops  # noqa: PLC0415 - vLLM is optional
+
+    _custom_ops._supports_onednn = False  # noqa: SLF001
 
 
 def server_url(url: str) -> str:
