@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
+from contextlib import asynccontextmanager
 
 import pytest
 import torch
@@ -95,12 +96,19 @@ def test_nobody_s_request_is_not_scored():
     assert model.batches == [1, 1]
 
 
+@asynccontextmanager
+async def occupied():
+    """A batcher whose model has been started on the reply "a", that model, and the task which waits for it."""
+    model = Slow()
+    async with Batcher(model, wait_seconds=0) as batcher:
+        task = asyncio.create_task(batcher.score(PROMPT, ["a"]))
+        await asyncio.to_thread(model.started.wait)
+        yield batcher, model, task
+
+
 def test_whether_a_prompt_fits_is_found_out_while_others_are_scored():
     async def run():
-        model = Slow()
-        async with Batcher(model, wait_seconds=0) as batcher:
-            scoring = asyncio.create_task(batcher.score(PROMPT, ["a"]))
-            await asyncio.to_thread(model.started.wait)
+        async with occupied() as (batcher, model, scoring):
             assert await asyncio.wait_for(batcher.score(PROMPT, []), 5) == []
             assert not scoring.done()
             model.go_on.set()
@@ -111,10 +119,7 @@ def test_whether_a_prompt_fits_is_found_out_while_others_are_scored():
 
 def test_the_next_batch_is_in_work_before_the_results_of_the_last_are_out():
     async def run():
-        model = Slow()
-        async with Batcher(model, wait_seconds=0) as batcher:
-            first = asyncio.create_task(batcher.score(PROMPT, ["a"]))
-            await asyncio.to_thread(model.started.wait)
+        async with occupied() as (batcher, model, first):
             second = asyncio.create_task(batcher.score(PROMPT, ["bb"]))
             await asyncio.sleep(0)
             assert await batcher.score(PROMPT, []) == []  # tokenised after "bb", which now waits for the model
@@ -129,11 +134,8 @@ def test_the_next_batch_is_in_work_before_the_results_of_the_last_are_out():
 
 def test_what_waits_when_the_server_ends_is_told():
     async def run():
-        model = Slow()
-        async with Batcher(model, wait_seconds=0) as batcher:
-            tasks = [asyncio.create_task(batcher.score(PROMPT, ["a"]))]
-            await asyncio.to_thread(model.started.wait)
-            tasks.append(asyncio.create_task(batcher.score(PROMPT, ["b"])))
+        async with occupied() as (batcher, model, first):
+            tasks = [first, asyncio.create_task(batcher.score(PROMPT, ["b"]))]
             await asyncio.sleep(0.01)
             model.go_on.set()
         with pytest.raises(ServingError, match="not running"):

@@ -153,11 +153,14 @@ class Batcher:
         Args:
             max_batch: Replies in one batch; requests are not divided, so one request may exceed it.
             wait_seconds: How long a batch that is not full waits for more, after a time when nothing waited.
-            observe: Told, in the model's thread and after each batch, how many replies it held and the seconds it took.
+            observe: Told, in the model's thread and after each batch, failed ones included, how many replies it held
+                and the seconds it took.
         """
         self.model = model
         self._observe = observe
-        self._encoder = Together("tokenizer", self._encode, size=lambda asked: len(asked[1]), max_size=max_batch)
+        self._encoder = Together(
+            "reward model's tokenizer", self._encode, size=lambda asked: len(asked[1]), max_size=max_batch
+        )
         self._scorer = Together("reward model", self._score, size=len, max_size=max_batch, wait_seconds=wait_seconds)
 
     @property
@@ -192,8 +195,13 @@ class Batcher:
             return [error] if len(batch) == 1 else [part for asked in batch for part in self._encode([asked])]
 
     def _score(self, batch: Sequence[list[Encoded]]) -> Sequence[list[Scores] | Exception]:
-        """What is equal is scored once."""
         start = time.perf_counter()
+        results = self._results(batch)
+        self._observe(sum(map(len, batch)), time.perf_counter() - start)
+        return results
+
+    def _results(self, batch: Sequence[list[Encoded]]) -> Sequence[list[Scores] | Exception]:
+        """What is equal is scored once."""
         distinct = list(dict.fromkeys(pair for pairs in batch for pair in pairs))
         try:
             found = dict(zip(distinct, self.model.score(distinct), strict=True))
@@ -201,5 +209,4 @@ class Batcher:
             return [error] * len(batch)
         if not all(math.isfinite(number) for scores in found.values() for number in scores):
             return [ServingError("the reward model gave something that is no number")] * len(batch)
-        self._observe(sum(map(len, batch)), time.perf_counter() - start)
         return [[found[pair] for pair in pairs] for pairs in batch]

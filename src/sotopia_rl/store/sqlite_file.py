@@ -49,12 +49,7 @@ CREATE TABLE originals (episode_id TEXT PRIMARY KEY, record TEXT NOT NULL);
 class DatabaseFile:
     """One open file with the tables of a store; all of a process's threads may use it.
 
-    Args:
-        path: The file; made, with its folder, where it does not exist.
-        create: Refuse a missing file instead of making it.
-
-    Raises:
-        StoreError: The file is missing, not writable, not a database, damaged, or of another version.
+    Arguments and errors are those of `SQLiteStore`.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
